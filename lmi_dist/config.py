@@ -1,0 +1,301 @@
+"""Every setting and every fact of a checkpoint's config.json that the engine knows, typed, frozen, complete after construction.
+
+`EngineConfig` owns each default and each rule; `ModelConfig` reads a checkpoint folder. Plain Python: no torch.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lmi_dist.errors import CheckpointError, ConfigError
+
+BLOCK_SIZE = 16  # tokens a block
+
+DTYPES = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
+          "bf16": "bf16", "bfloat16": "bf16", "auto": "auto"}  # fmt: skip
+
+
+class EngineConfig(BaseModel):
+    """How to run one model. `EngineConfig.of` takes strings too and gives our kind of error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(min_length=1, description="folder, hub id or s3:// url of the checkpoint")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    tokenizer: str | None = Field(default=None, description="folder or hub id of the tokenizer, if not the model's")
+    trust_remote_code: bool = Field(default=False, description="run Python code that lies in the checkpoint")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(default="auto", description="of weights, activations and cache")
+    quantize: str | None = Field(default=None, description="weight format, if the checkpoint does not say it")
+    tensor_parallel_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the model")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
+    kernels: Literal["auto", "cpu", "torch"] = Field(default="auto", description="which column of operations is used")
+    cpu_threads: int | None = Field(default=None, ge=1, le=256, description="threads of the CPU kernels; unset: all CPUs")
+    max_model_len: int | None = Field(default=None, ge=1, description="prompt and answer together, in tokens")
+    max_batch_size: int = Field(default=256, ge=1, le=65536, description="sequences that run at the same time")
+    max_prefill_tokens: int = Field(default=4096, ge=1, description="prompt tokens in one step")
+    prefill_chunk_tokens: int | None = Field(
+        default=None, ge=1, description="prompt tokens in a step in which others decode; unset: 512 on CPU, 2048 on CUDA"
+    )
+    enable_chunked_prefill: bool = Field(default=True, description="cut long prompts over several steps")
+    enable_prefix_caching: bool = Field(default=True, description="reuse blocks of prompts that begin alike")
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="size of the KV pool; unset: computed")
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0, description="share of a GPU's memory to use")
+    max_logprobs: int = Field(default=20, ge=0, le=1000, description="alternatives a token that a request may ask for")
+    max_queue_size: int = Field(default=1000, ge=1, description="requests that may wait")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower() in DTYPES:
+            return DTYPES[value.lower()]
+        raise ValueError(f"must be one of {', '.join(DTYPES)}")
+
+    @model_validator(mode="after")
+    def _built(self) -> "EngineConfig":
+        if self.quantize is not None:
+            raise ValueError(f"quantize={self.quantize} is known but not built yet; leave it out and give an unquantized model")
+        if self.tensor_parallel_degree > 1:
+            raise ValueError(f"tensor_parallel_degree={self.tensor_parallel_degree} is known but not built yet; use 1")
+        if self.device == "cuda":
+            raise ValueError("device=cuda is known but not built yet; use cpu or auto")
+        return self
+
+    @classmethod
+    def of(cls, values: Mapping[str, object], names: Mapping[str, str] | None = None) -> "EngineConfig":
+        """EngineConfig from values or their strings. `names` maps field names to what the operator wrote, for the message.
+        Raises ConfigError that names the first setting at fault, its value and the rule."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            message = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:
+                raise ConfigError(message) from None
+            name = str(first["loc"][0])
+            raise ConfigError(f"{(names or {}).get(name, name)}={values.get(name)!r} is refused: {message}") from None
+
+
+REQUIRED = object()
+
+
+class ConfigKeys:
+    """Typed reading of one JSON object of a checkpoint: each accessor gives the value or raises ConfigError by name."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> int:
+        value = self._get(name, default)
+        if value is default and default is not REQUIRED:
+            return value  # type: ignore[no-any-return]  # the caller's own default, as typed by the caller
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refuse(name, f"must be an integer of at least {minimum}")
+        return value
+
+    def number(self, name: str, default: Any = REQUIRED) -> float:
+        value = self._get(name, default)
+        if value is default and default is not REQUIRED:
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(name, "must be a number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.refuse(name, "must be true or false")
+        return value
+
+    def choice(self, name: str, supported: Collection[str], default: Any = REQUIRED) -> str:
+        value = self._get(name, default)
+        if value not in supported:
+            raise self.refuse(name, f"is not supported; supported are {', '.join(sorted(supported))}")
+        return str(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        value = self._get(name, REQUIRED)
+        if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+            raise self.refuse(name, "must be a list of numbers")
+        return tuple(float(x) for x in value)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """One integer or a list of them; empty when absent."""
+        value = self.values.get(name)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(x, int) and not isinstance(x, bool) for x in items):
+            raise self.refuse(name, "must be an integer or a list of integers")
+        return tuple(items)
+
+    def section(self, name: str) -> "ConfigKeys":
+        """A nested object; empty when absent."""
+        value = self._get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.refuse(name, "must be an object")
+        return ConfigKeys(value, f"{self.where}: {name}")
+
+    def refuse(self, name: str, rule: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {name}={self.values.get(name)!r} {rule}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is REQUIRED:
+            raise ConfigError(f"{self.where}: {name} is missing")
+        return default
+
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding as config.json asks for it, in either spelling (rope_parameters, or rope_theta with rope_scaling)."""
+
+    type: RopeType = "default"
+    theta: float = 10000.0
+    partial: float = 1.0  # share of head_dim that is rotated
+    factor: float = 1.0
+    original_max_position: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @classmethod
+    def read(cls, keys: ConfigKeys, max_position: int) -> "RopeConfig":
+        """Raises ConfigError on a type that is not implemented or a missing parameter of it."""
+        rope = keys.section("rope_parameters") if "rope_parameters" in keys else keys.section("rope_scaling")
+        kind = rope.choice("rope_type" if "rope_type" in rope else "type", (*ROPE_TYPES, "su"), default="default")
+        kind = "longrope" if kind == "su" else kind
+        original = keys.integer("original_max_position_embeddings", default=max_position)
+        needs_factor = kind in ("linear", "dynamic", "llama3", "yarn")
+        longrope = kind == "longrope"
+        original = rope.integer("original_max_position_embeddings", default=original)
+        return cls(
+            type=next(known for known in ROPE_TYPES if known == kind),
+            theta=rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0)),
+            partial=rope.number("partial_rotary_factor", default=keys.number("partial_rotary_factor", default=1.0)),
+            factor=rope.number("factor") if needs_factor else rope.number("factor", default=max_position / original),
+            original_max_position=original,
+            attention_factor=rope.number("attention_factor", default=None),
+            beta_fast=rope.number("beta_fast", default=32.0),
+            beta_slow=rope.number("beta_slow", default=1.0),
+            mscale=rope.number("mscale", default=None),
+            mscale_all_dim=rope.number("mscale_all_dim", default=None),
+            truncate=rope.boolean("truncate", default=True),
+            low_freq_factor=rope.number("low_freq_factor") if kind == "llama3" else 1.0,
+            high_freq_factor=rope.number("high_freq_factor") if kind == "llama3" else 4.0,
+            short_factor=rope.numbers("short_factor") if longrope else (),
+            long_factor=rope.numbers("long_factor") if longrope else (),
+        )
+
+    def reach(self, max_position: int) -> int:
+        """Positions that the scaling promises, in tokens."""
+        if self.type in ("linear", "dynamic"):
+            return int(max_position * self.factor)
+        if self.type == "yarn":
+            return max(max_position, int(self.original_max_position * self.factor))
+        return max_position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What the engine needs to know of any decoder. What only one architecture knows stays in `keys`, for its model file."""
+
+    folder: Path
+    architecture: str
+    keys: ConfigKeys
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    rope: RopeConfig
+    sliding_window: int | None
+    dtype: Literal["fp32", "fp16", "bf16"]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    generation: Mapping[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
+
+    @classmethod
+    def load(cls, folder: Path, supported: Collection[str]) -> "ModelConfig":
+        """Read config.json and generation_config.json. Raises CheckpointError for files, ConfigError for their contents."""
+        keys = ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
+        wishes_path = folder / "generation_config.json"
+        wishes = ConfigKeys(_read_json(wishes_path) if wishes_path.exists() else {}, str(wishes_path))
+        architectures = keys.values.get("architectures") or []
+        architecture = next((name for name in architectures if name in supported), None)
+        if architecture is None:
+            raise keys.refuse("architectures", f"has none that is supported; supported are {', '.join(sorted(supported))}")
+        hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        head_dim = keys.integer("head_dim", default=hidden // heads)
+        if head_dim % 8 or head_dim > 256:
+            raise ConfigError(f"{keys.where}: head_dim={head_dim} must be a multiple of 8 of at most 256")
+        kv_heads = keys.integer("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise keys.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
+        trained_positions = keys.integer("max_position_embeddings", default=2048)
+        rope = RopeConfig.read(keys, trained_positions)
+        window = keys.integer("sliding_window", default=None, minimum=0)
+        dtype = keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"
+        if dtype not in DTYPES or dtype == "auto":
+            raise ConfigError(f"{keys.where}: torch_dtype={dtype!r} is not supported; supported are float32, float16, bfloat16")
+        return cls(
+            folder=folder,
+            architecture=architecture,
+            keys=keys,
+            hidden_size=hidden,
+            num_layers=keys.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=keys.integer("vocab_size"),
+            max_position=rope.reach(trained_positions),
+            rope=rope,
+            sliding_window=window or None,
+            dtype=DTYPES[dtype],  # type: ignore[arg-type]  # "auto" was refused above
+            bos_token_id=next(iter(keys.integers("bos_token_id")), None),
+            eos_token_ids=wishes.integers("eos_token_id") or keys.integers("eos_token_id"),
+            generation=_sampling_wishes(wishes),
+        )
+
+    def model_len(self, wanted: int | None) -> int:
+        """Tokens that a sequence may have. Raises ConfigError when more is wanted than the model can do."""
+        if wanted is not None and wanted > self.max_position:
+            raise ConfigError(f"max_model_len={wanted} must be at most {self.max_position}, the positions of this model")
+        return wanted or self.max_position
+
+
+def _sampling_wishes(wishes: ConfigKeys) -> dict[str, float]:
+    names = ("temperature", "top_p", "top_k", "typical_p", "min_p", "repetition_penalty")
+    return {name: wishes.number(name) for name in names if name in wishes}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder must hold a checkpoint in Hugging Face format") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return values
