@@ -1,0 +1,411 @@
+"""Decides who runs in the next step, with which tokens and in which blocks: Sequences in, Plans out, their new tokens back in.
+
+Only ints: no torch, clock or randomness, so that the same calls give the same plans. `plan` reserves, then exactly one of
+`commit` (the forward ran) and `drop` (it failed) follows; `add` and `finish` may be called at any time, in between too.
+"""
+
+import collections.abc
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lmi_dist.blocks import BlockPool, PrefixChain
+from lmi_dist.plan import Chunk, Plan
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One text that grows: its tokens, when it ends, and where it stands. Only its Scheduler changes it once it was added.
+
+    Four counts of tokens, each at most the one before: known (`token_ids`), scheduled (their keys are in the cache or will be
+    when the plan in flight has run), computed (their keys are in the cache), published (counted in blocks; others may find them).
+    """
+
+    id: int
+    token_ids: list[int]  # the prompt, then what was generated
+    prompt_length: int
+    max_tokens: int  # generated at most
+    stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0  # a stop id ends the sequence only if at least so many were generated, itself included
+    salt: str = ""
+    wants_prompt_logits: bool = False  # each prompt token gets its row of logits once, so cached blocks cannot stand in for it
+    leader: int | None = None  # a sequence added before with the same prompt, whose blocks this one waits for
+    adapter: int = -1
+
+    state: Literal["out", "waiting", "running"] = field(default="out", init=False)  # out: not added yet, or ended
+    arrival: int = field(default=0, init=False)
+    table: tuple[int, ...] = field(default=(), init=False)
+    num_scheduled: int = field(default=0, init=False)
+    num_computed: int = field(default=0, init=False)
+    num_published: int = field(default=0, init=False)  # blocks
+    prefill_end: int = field(default=0, init=False)  # tokens that were known when it was admitted; beyond them it decodes
+    num_prompt_rows: int = field(default=0, init=False)  # prompt tokens whose logits were delivered, if wanted
+    chain: PrefixChain = field(init=False, repr=False)
+    leading: "Sequence | None" = field(default=None, init=False, repr=False)  # the leader itself; its id may be used again
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence that `commit` ended. Of the tokens given to that commit its first `num_kept` count, the rest was cut off."""
+
+    sequence_id: int
+    reason: Literal["eos_token", "length"]
+    num_kept: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan in the making or in flight, with what it takes to commit or undo it."""
+
+    decoding: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+    prefilling: list[tuple[Sequence, Chunk]] = field(default_factory=list)
+    budget: int = 0  # prompt tokens that may still join
+    grown: list[tuple[Sequence, int]] = field(default_factory=list)  # with the number of blocks they had before
+    admitted: list[Sequence] = field(default_factory=list)
+    num_query_tokens: int = 0
+    num_hit_tokens: int = 0
+    has_preempted: bool = False
+    plan: Plan | None = None
+
+
+def wants_token(chunk: Chunk) -> bool:
+    """Whether the chunk's last row is sampled, so that `commit` must be given at least one token for its sequence.
+
+    The rows of a chunk are those of positions end - num_outputs .. end - 1, where end = start + len(token_ids), and the row of
+    position p tells about token p + 1. Where prompt logits are wanted each prompt position has its row in exactly one committed
+    chunk, also over a preemption, and chunks before the prompt's end have rows but no token.
+    """
+    return chunk.num_outputs > 0 and chunk.start + len(chunk.token_ids) >= chunk.prompt_length
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+class Scheduler:
+    """First come, first served, in mixed batches: a step runs the next token of all that decode, then prompt tokens up to a budget,
+    `prefill_chunk_tokens` if anything decodes and else `max_prefill_tokens` (each at least 1; the latter bounds the former).
+
+    A sequence is admitted when there are blocks for all tokens that it has, and one to spare for each that runs already. When the
+    running ones need more blocks than there are, the youngest is preempted: it loses its place but no token, waits in front of all
+    that came later and has its keys computed again, as prompt tokens, or found in the prefix cache. So the oldest running sequence
+    gains at least one token in each step, and everything that was added ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        prefill_chunk_tokens: int,
+        prefix_caching: bool,
+        chunked_prefill: bool = True,
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self.prefill_chunk_tokens = min(prefill_chunk_tokens, max_prefill_tokens)
+        self.prefix_caching = prefix_caching
+        self.chunked_prefill = chunked_prefill
+        self.num_steps = 0  # committed
+        self.preemptions = 0
+        self.prefix_query_tokens = 0  # of admitted sequences that may use the prefix cache, and
+        self.prefix_hit_tokens = 0  # those of them that came from it
+        self._num_arrivals = 0
+        self._pool = BlockPool(num_blocks, block_size)
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both by arrival
+        self._running: list[Sequence] = []
+        self._step: _Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def pool(self) -> BlockPool:
+        """For its counts; only the scheduler changes it."""
+        return self._pool
+
+    def sequence(self, sequence_id: int) -> Sequence:
+        """A sequence that waits or runs. Raises KeyError for any other."""
+        return self._sequences[sequence_id]
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence alone in the pool could have so many tokens in the cache (its last token never is)."""
+        return self._pool.blocks_for(num_tokens) <= self._pool.num_blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Put it at the end of the queue. Raises AssertionError for what the engine should have refused: an id in use, no prompt,
+        nothing to generate, more tokens than fit the pool."""
+        most = sequence.prompt_length + sequence.max_tokens - 1
+        if sequence.state != "out" or sequence.id in self._sequences:
+            raise AssertionError(f"sequence {sequence.id} was added already")
+        if not (0 < sequence.prompt_length <= len(sequence.token_ids) <= most and self.fits(most)):
+            raise AssertionError(
+                f"sequence {sequence.id}: prompt_length={sequence.prompt_length} must be at least 1, max_tokens="
+                f"{sequence.max_tokens} more than was generated, and their sum less one fit {self._pool.num_blocks} blocks"
+            )
+        # By reference: a leader is older than its siblings, so that no circle of leaders can wait for itself.
+        sequence.leading = None if sequence.leader is None else self._sequences.get(sequence.leader)
+        sequence.chain = PrefixChain(self._pool.block_size, sequence.salt, sequence.adapter)
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._sequences[sequence.id] = sequence
+        sequence.state = "waiting"
+        self._waiting.append(sequence)
+
+    def finish(self, sequence_id: int) -> None:
+        """End it from outside and take its blocks back; unknown ids are ignored. With a plan in flight too: nobody else gets the
+        blocks before that is committed or dropped, for nothing is planned before, and the sequence's tokens are ignored then."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            (self._running if sequence.state == "running" else self._waiting).remove(sequence)
+            self._end(sequence)
+
+    def reset(self) -> None:
+        """Forget all sequences, the plan in flight and what the pool holds. The counters go on."""
+        for sequence in list(self._sequences.values()):
+            self._end(sequence)
+        self._waiting.clear()
+        self._running.clear()
+        self._step = None
+        self._pool = BlockPool(self._pool.num_blocks, self._pool.block_size)
+
+    def plan(self) -> Plan:
+        """What runs next; empty, and then not in flight, only without work. Raises AssertionError if a plan is in flight."""
+        if self._step is not None:
+            raise AssertionError(f"step {self.num_steps} is in flight; commit or drop its plan before the next")
+        step = _Step()
+        unfinished_prefills = self._schedule_running(step)
+        step.budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
+        self._schedule_prefills(step, unfinished_prefills)
+        if not step.has_preempted:  # or the victim would take back at once what it was robbed of
+            self._admit(step)
+        plan = Plan(self.num_steps, tuple([c for _, c in step.decoding]), tuple([c for _, c in step.prefilling]))
+        if not plan.is_empty:
+            step.plan = plan
+            self._step = step
+        return plan
+
+    def commit(self, plan: Plan, tokens: Mapping[int, collections.abc.Sequence[int]]) -> list[Finished]:
+        """Record that the plan has run. `tokens` holds the new ids of each sequence whose chunk `wants_token`, in order, several at
+        once allowed; a sequence takes them up to its end and ignores the rest. Returns who has ended by that.
+        Raises AssertionError, with nothing changed, if the plan is not in flight or a sequence lacks its tokens."""
+        step = self._in_flight(plan)
+        rows = [(s, chunk) for s, chunk in step.decoding + step.prefilling if s.state == "running"]
+        for sequence, chunk in rows:
+            if not tokens.get(sequence.id) and wants_token(chunk):
+                raise AssertionError(f"sequence {sequence.id} must get at least one token when step {plan.step} is committed")
+        self._step = None
+        self.num_steps += 1
+        self.prefix_query_tokens += step.num_query_tokens
+        self.prefix_hit_tokens += step.num_hit_tokens
+        finished: list[Finished] = []
+        for sequence, chunk in rows:
+            self._record(sequence, chunk)
+            if wants_token(chunk):
+                self._extend(sequence, tokens[sequence.id], finished)
+        if finished:
+            self._running = [sequence for sequence in self._running if sequence.state == "running"]
+        return finished
+
+    def drop(self, plan: Plan) -> None:
+        """Undo the plan, because its forward failed: blocks given back, admissions undone, counts and step as before, so that the
+        next plan is equal. Only what the forward may have written over does not come back: who was preempted for it stays
+        preempted (it waits, with all its tokens), and evicted blocks stay forgotten. Raises AssertionError if not in flight."""
+        step = self._in_flight(plan)
+        self._step = None
+        for sequence, chunk in step.decoding + step.prefilling:
+            if sequence.state == "running":
+                sequence.num_scheduled = chunk.start
+        # Newest first: the pool then hands out the same blocks again.
+        for sequence in reversed(step.admitted):
+            if sequence.state == "running":
+                self._running.remove(sequence)
+                self._send_back(sequence)
+        for sequence, num_before in reversed(step.grown):
+            if sequence.state == "running":
+                self._pool.give_back(sequence.table[num_before:])
+                sequence.table = sequence.table[:num_before]
+
+    def _in_flight(self, plan: Plan) -> _Step:
+        if self._step is None or self._step.plan is not plan:
+            raise AssertionError(f"the plan of step {plan.step} is not in flight; each plan is committed or dropped once")
+        return self._step
+
+    # ---- planning ----
+
+    def _schedule_running(self, step: _Step) -> list[Sequence]:
+        """Give everyone that runs, oldest first, blocks for its known tokens, and its next token to those that decode. Returns the
+        others. The youngest may be preempted on the way, so the list can get shorter, but only behind the current one."""
+        running, size = self._running, self._pool.block_size
+        others: list[Sequence] = []
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            if len(sequence.token_ids) > len(sequence.table) * size and not self._grow(sequence, step):
+                break
+            start = sequence.num_scheduled
+            if start < sequence.prefill_end:
+                others.append(sequence)
+            else:
+                token = sequence.token_ids[start]
+                chunk = Chunk(sequence.id, (token,), start, sequence.table, sequence.prompt_length, 1, sequence.adapter)
+                sequence.num_scheduled = start + 1
+                step.decoding.append((sequence, chunk))
+            index += 1
+        return others
+
+    def _grow(self, sequence: Sequence, step: _Step) -> bool:
+        """Blocks for all known tokens, at the youngest's cost if need be; False if that was the sequence itself."""
+        num_before = len(sequence.table)
+        num_missing = self._pool.blocks_for(len(sequence.token_ids)) - num_before
+        while self._pool.num_available < num_missing:
+            victim = self._running.pop()
+            self._send_back(victim)
+            self.preemptions += 1
+            step.has_preempted = True
+            if victim is sequence:
+                return False
+        sequence.table += self._pool.take(num_missing)
+        step.grown.append((sequence, num_before))
+        return True
+
+    def _schedule_prefills(self, step: _Step, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            num_tokens = self._share_of_budget(sequence.prefill_end - sequence.num_scheduled, step)
+            if num_tokens == 0:
+                break
+            self._schedule_chunk(sequence, num_tokens, step)
+
+    def _admit(self, step: _Step) -> None:
+        """Let the first waiting ones in while budget, batch and pool last. Who waits for a leader is passed by, nobody else."""
+        index = 0
+        while step.budget > 0 and index < len(self._waiting) and len(self._running) < self.max_batch_size:
+            sequence = self._waiting[index]
+            if self._waits_for_leader(sequence):
+                index += 1
+                continue
+            hits = self._pool.find(sequence.chain, sequence.token_ids, self._num_findable(sequence))
+            num_hit_tokens = len(hits) * self._pool.block_size
+            num_tokens = self._share_of_budget(len(sequence.token_ids) - num_hit_tokens, step)
+            if num_tokens == 0 or not self._place(sequence, hits):
+                break
+            del self._waiting[index]
+            step.admitted.append(sequence)
+            if self._num_findable(sequence):
+                step.num_query_tokens += len(sequence.token_ids)
+                step.num_hit_tokens += num_hit_tokens
+            self._schedule_chunk(sequence, num_tokens, step)
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Only if there will be blocks to share: without the prefix cache a sibling computes its prompt itself."""
+        leader = sequence.leading
+        if leader is None or leader.state == "out" or leader.num_computed >= leader.prompt_length:
+            return False
+        return self._num_findable(sequence) >= self._pool.block_size
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        """First tokens that may come from the prefix cache: never the last, whose logits are needed (so a prompt that is cached
+        as a whole has its last block computed anew, in a block of its own), and none whose logits the client still waits for."""
+        if not self.prefix_caching:
+            return 0
+        most = len(sequence.token_ids) - 1
+        return min(most, sequence.num_prompt_rows) if sequence.wants_prompt_logits else most
+
+    def _place(self, sequence: Sequence, hits: tuple[int, ...]) -> bool:
+        """Move it in, with blocks for all its tokens, if that leaves one for each that runs; else those would soon preempt it."""
+        pool = self._pool
+        num_new = pool.blocks_for(len(sequence.token_ids)) - len(hits)
+        if num_new + pool.num_unreferenced(hits) + len(self._running) > pool.num_available:
+            return False
+        pool.share(hits)
+        sequence.table = hits + pool.take(num_new)
+        sequence.num_scheduled = sequence.num_computed = len(hits) * pool.block_size
+        sequence.num_published = len(hits)
+        sequence.prefill_end = len(sequence.token_ids)
+        sequence.state = "running"
+        insort(self._running, sequence, key=_arrival)
+        return True
+
+    def _share_of_budget(self, num_pending: int, step: _Step) -> int:
+        """Tokens of a prompt to run now. One that must not be cut runs if it fits the budget or is the first of its step."""
+        if self.chunked_prefill:
+            return min(num_pending, step.budget)
+        return num_pending if num_pending <= step.budget or not step.prefilling else 0
+
+    def _schedule_chunk(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+        start = sequence.num_scheduled
+        end = start + num_tokens
+        token_ids = tuple(sequence.token_ids[start:end])
+        num_outputs = max(0, end - max(start, _first_row(sequence)))
+        chunk = Chunk(sequence.id, token_ids, start, sequence.table, sequence.prompt_length, num_outputs, sequence.adapter)
+        sequence.num_scheduled = end
+        step.budget -= num_tokens
+        step.prefilling.append((sequence, chunk))
+
+    # ---- recording ----
+
+    def _record(self, sequence: Sequence, chunk: Chunk) -> None:
+        """The chunk's keys are in the cache now, and its full blocks may be found."""
+        end = chunk.start + len(chunk.token_ids)
+        sequence.num_computed = end
+        if sequence.wants_prompt_logits:
+            sequence.num_prompt_rows = max(sequence.num_prompt_rows, min(end, sequence.prompt_length))
+        if self.prefix_caching:
+            while (sequence.num_published + 1) * self._pool.block_size <= end:
+                index = sequence.num_published
+                self._pool.publish(sequence.table[index], sequence.chain.digest(index, sequence.token_ids))
+                sequence.num_published = index + 1
+
+    def _extend(self, sequence: Sequence, new_ids: collections.abc.Sequence[int], finished: list[Finished]) -> None:
+        for num_kept, token in enumerate(new_ids, start=1):
+            sequence.token_ids.append(token)
+            num_generated = len(sequence.token_ids) - sequence.prompt_length
+            is_stop = token in sequence.stop_ids and num_generated >= sequence.min_tokens
+            if is_stop or num_generated >= sequence.max_tokens:
+                finished.append(Finished(sequence.id, "eos_token" if is_stop else "length", num_kept))
+                self._end(sequence)
+                return
+        if len(new_ids) > 1:  # all but the last lack their keys yet: a chunk, not a decode
+            sequence.prefill_end = len(sequence.token_ids)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Everything but its place in the queue, which the caller sees to."""
+        self._give_up_blocks(sequence)
+        sequence.state = "out"
+        sequence.leading = None
+        del self._sequences[sequence.id]
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """From running, where the caller removed it, to its place by arrival among those that wait."""
+        self._give_up_blocks(sequence)
+        sequence.state = "waiting"
+        insort(self._waiting, sequence, key=_arrival)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self._pool.give_back(sequence.table)
+        sequence.table = ()
+        sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.prefill_end = 0
+
+
+def _first_row(sequence: Sequence) -> int:
+    """The first position whose logits are still wanted: the prompt's next one, or only that of the last known token."""
+    if sequence.wants_prompt_logits and sequence.num_prompt_rows < sequence.prompt_length:
+        return sequence.num_prompt_rows
+    return len(sequence.token_ids) - 1
