@@ -1,0 +1,29 @@
+/* The operations of the column, in the header's order. One level implements each as `void name(const lmi_name_args &)` in its
+ * namespace (errors are thrown, check.h) and offers them as a table; library.cc exports lmi_name and calls the table of the level
+ * that this machine runs. */
+#pragma once
+#include "lmi_kernels.h"
+
+#define LMI_OPERATIONS(DO)                                                                                              \
+  DO(rms_norm) DO(layer_norm) DO(rotary) DO(linear_pack) DO(linear) DO(grouped_linear) DO(lora) DO(activation)          \
+  DO(embedding) DO(moe_route) DO(moe_gather) DO(moe_combine)
+
+namespace lmi {
+
+struct Operations {
+#define LMI_MEMBER(name) void (*name)(const lmi_##name##_args &);
+  LMI_OPERATIONS(LMI_MEMBER)
+#undef LMI_MEMBER
+};
+
+namespace base {
+extern const Operations operations;
+}
+namespace avx2 {
+extern const Operations operations;
+}
+namespace avx512 {
+extern const Operations operations;
+}
+
+}  // namespace lmi

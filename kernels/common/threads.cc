@@ -1,0 +1,168 @@
+/* A pool of sleeping threads. A thread that waits looks at an atomic for a moment (a decode step has hundreds of jobs
+ * microseconds apart) and then sleeps on a condition variable, so that an idle server costs nothing. */
+#include "common/threads.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+namespace lmi {
+namespace {
+
+constexpr int kSpins = 2000; /* 20 to 60 us */
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+bool spin_until(Condition holds) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (holds()) return true;
+    relax();
+  }
+  return holds();
+}
+
+struct Job {
+  void (*body)(void *, int64_t, int64_t) = nullptr;
+  void *context = nullptr;
+  int64_t n = 0;
+  int32_t shares = 1;
+
+  void run(int32_t share) const {
+    const int64_t begin = n * share / shares, end = n * (share + 1) / shares;
+    if (begin < end) body(context, begin, end);
+  }
+};
+
+thread_local bool inside_share = false;
+
+class Pool {
+ public:
+  explicit Pool(int32_t num_workers) : num_workers_(num_workers) {
+    for (int32_t i = 0; i < num_workers; ++i) std::thread([this, i] { work(i + 1); }).detach();
+  }
+
+  void run(const Job &job) {
+    std::lock_guard<std::mutex> one_job_at_a_time(entry_);
+    failure_ = nullptr;
+    post(job);
+    run_share(0);
+    wait_for_workers();
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+  /* Ends the workers; the pool itself stays, since a worker may still look at it. */
+  void stop() {
+    std::lock_guard<std::mutex> one_job_at_a_time(entry_);
+    stopping_ = true;
+    post(Job());
+    wait_for_workers();
+  }
+
+ private:
+  void post(const Job &job) {
+    job_ = job;
+    running_.store(num_workers_, std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+  void wait_for_workers() {
+    const auto all_done = [this] { return running_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(all_done)) return;
+    std::unique_lock<std::mutex> lock(sleep_);
+    done_.wait(lock, all_done);
+  }
+
+  void work(int32_t share) {
+    for (uint64_t seen = 0; !stopping_; ++seen) {
+      const auto posted = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+      if (!spin_until(posted)) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        wake_.wait(lock, posted);
+      }
+      run_share(share);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard<std::mutex> lock(sleep_);
+        done_.notify_one();
+      }
+    }
+  }
+
+  void run_share(int32_t share) {
+    if (share >= job_.shares) return;
+    inside_share = true;
+    try {
+      job_.run(share);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      if (!failure_) failure_ = std::current_exception();
+    }
+    inside_share = false;
+  }
+
+  const int32_t num_workers_;
+  Job job_;
+  std::atomic<bool> stopping_{false};
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int32_t> running_{0};
+  std::exception_ptr failure_;
+  std::mutex entry_, sleep_;
+  std::condition_variable wake_, done_;
+};
+
+std::atomic<int32_t> wanted_threads{1};
+std::mutex pool_mutex;
+Pool *pool = nullptr; /* never deleted: its threads may outlive the library's static objects */
+
+/* A fork copies the pool but not its threads: the child starts one of its own when it first needs it. */
+void forget_pool_in_child() {
+  pool = nullptr;
+  inside_share = false;
+  new (&pool_mutex) std::mutex;
+}
+
+Pool &current_pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+  (void)registered;
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  if (!pool) pool = new Pool(wanted_threads - 1);
+  return *pool;
+}
+
+}  // namespace
+
+void set_threads(int32_t num_threads) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  if (num_threads == wanted_threads) return;
+  if (pool) pool->stop();
+  pool = nullptr;
+  wanted_threads = num_threads;
+}
+
+int32_t num_threads() { return wanted_threads; }
+
+void run_shares(int64_t n, int64_t grain, void (*body)(void *, int64_t, int64_t), void *context) {
+  const int64_t shares = std::min<int64_t>(wanted_threads, n / std::max<int64_t>(grain, 1));
+  if (shares <= 1 || inside_share) {
+    if (n > 0) body(context, 0, n);
+    return;
+  }
+  current_pool().run({body, context, n, static_cast<int32_t>(shares)});
+}
+
+}  // namespace lmi

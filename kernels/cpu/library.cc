@@ -1,0 +1,129 @@
+/* What the library exports: the header's functions, each handed on to the instruction level that was chosen, with errors
+ * turned into a status and a message of this thread. */
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "common/check.h"
+#include "common/operations.h"
+#include "common/threads.h"
+#include "cpu/linear_layout.h"
+#include "lmi_kernels.h"
+
+namespace {
+
+using lmi::Operations;
+
+struct Level {
+  const char *name;
+  const Operations *operations;
+  bool (*runs_here)();
+};
+
+bool always() { return true; }
+
+#if defined(LMI_HAS_AVX2)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+#if defined(LMI_HAS_AVX512)
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Level kLevels[] = {
+    {"base", &lmi::base::operations, always},
+#if defined(LMI_HAS_AVX2)
+    {"avx2", &lmi::avx2::operations, has_avx2},
+#endif
+#if defined(LMI_HAS_AVX512)
+    {"avx512", &lmi::avx512::operations, has_avx512},
+#endif
+};
+
+const Level *best_level() {
+  const Level *best = kLevels;
+  for (const Level &level : kLevels) {
+    if (level.runs_here()) best = &level;
+  }
+  return best;
+}
+
+const Level *chosen = best_level();
+thread_local std::string message;
+
+/* Runs fn and tells how it went. Nothing leaves as an exception. */
+template <class Function>
+lmi_status guard(const char *operation, Function fn) {
+  try {
+    fn();
+    return LMI_OK;
+  } catch (const lmi::Error &error) {
+    message = std::string(operation) + ": " + error.what();
+    return error.status;
+  } catch (const std::bad_alloc &) {
+    message = std::string(operation) + ": out of memory for scratch";
+    return LMI_DEVICE_ERROR;
+  } catch (const std::exception &error) {
+    message = std::string(operation) + ": " + error.what();
+    return LMI_DEVICE_ERROR;
+  }
+}
+
+void choose_level(const char *name) {
+  if (!name) lmi::refuse("level is absent; it must be base, avx2, avx512 or best");
+  if (!std::strcmp(name, "best")) {
+    chosen = best_level();
+    return;
+  }
+  for (const Level &level : kLevels) {
+    if (!std::strcmp(name, level.name) && level.runs_here()) {
+      chosen = &level;
+      return;
+    }
+  }
+  throw lmi::Error(LMI_UNSUPPORTED, std::string("level ") + name + " is not in this library or not in this machine");
+}
+
+}  // namespace
+
+int32_t lmi_abi_version(void) { return LMI_ABI_VERSION; }
+
+const char *lmi_error_message(void) { return message.c_str(); }
+
+const char *lmi_describe(void) {
+  static thread_local std::string text;
+  text = std::string("cpu ") + chosen->name + " (";
+  for (const Level &level : kLevels) text += (&level == kLevels ? "" : " ") + std::string(level.name);
+  text += ")";
+  return text.c_str();
+}
+
+lmi_status lmi_set_threads(int32_t num_threads) {
+  return guard("set_threads", [&] {
+    lmi::check_range("num_threads", num_threads, 1, 256);
+    lmi::set_threads(num_threads);
+  });
+}
+
+lmi_status lmi_set_level(const char *level) {
+  return guard("set_level", [&] { choose_level(level); });
+}
+
+int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype, int32_t format, int64_t group,
+                                int32_t gated) {
+  return lmi::packed_bytes({out_features, in_features, group, dtype, format, gated});
+}
+
+#define LMI_EXPORT(name)                                                              \
+  lmi_status lmi_##name(const lmi_##name##_args *args, lmi_stream) {                  \
+    return guard(#name, [&] {                                                         \
+      lmi::require(args != nullptr, "the argument struct is absent");                 \
+      chosen->operations->name(*args);                                                \
+    });                                                                               \
+  }
+LMI_OPERATIONS(LMI_EXPORT)
+#undef LMI_EXPORT

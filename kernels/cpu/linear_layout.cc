@@ -1,0 +1,45 @@
+#include "cpu/linear_layout.h"
+
+#include "lmi_kernels.h"
+
+namespace lmi {
+namespace {
+
+int64_t columns_of(const LinearShape &shape, int64_t inputs) {
+  if (shape.format == LMI_INT8) return (inputs + 1) / 2;
+  if (shape.format == LMI_INT4) return (inputs + 3) / 4;
+  return shape.dtype == LMI_F32 ? 2 * inputs : inputs;
+}
+
+}  // namespace
+
+const char *why_unsupported(const LinearShape &shape) {
+  if (shape.out_features < 1 || shape.in_features < 1) return "out_features and in_features must be at least 1";
+  if (shape.dtype != LMI_F32 && shape.dtype != LMI_BF16 && shape.dtype != LMI_F16) return "dtype must be F32, BF16 or F16";
+  if (shape.format < LMI_DENSE || shape.format > LMI_INT4) return "format must be DENSE, INT8 or INT4";
+  if (shape.format == LMI_DENSE && shape.group != 0) return "group must be 0 for DENSE weights";
+  if (shape.format != LMI_DENSE && (shape.group < 1 || shape.in_features % shape.group)) return "group must divide in_features";
+  if (shape.gated && shape.out_features % 2) return "out_features must be even for a gated weight";
+  return "";
+}
+
+PanelLayout panel_layout(const LinearShape &shape) {
+  PanelLayout layout;
+  const int64_t outputs = shape.gated ? shape.out_features / 2 : shape.out_features;
+  const int64_t outputs_a_panel = shape.gated ? kHalf : kPanel;
+  layout.num_panels = (outputs + outputs_a_panel - 1) / outputs_a_panel;
+  layout.group_inputs = shape.format == LMI_DENSE ? shape.in_features : shape.group;
+  layout.num_groups = shape.in_features / layout.group_inputs;
+  layout.scale_bytes = shape.format == LMI_DENSE ? 0 : 2 * kPanel * static_cast<int64_t>(sizeof(float));
+  layout.group_bytes = layout.scale_bytes + columns_of(shape, layout.group_inputs) * kColumnBytes;
+  layout.panel_bytes = layout.num_groups * layout.group_bytes;
+  return layout;
+}
+
+int64_t packed_bytes(const LinearShape &shape) {
+  if (*why_unsupported(shape)) return 0;
+  const PanelLayout layout = panel_layout(shape);
+  return layout.num_panels * layout.panel_bytes;
+}
+
+}  // namespace lmi

@@ -1,0 +1,106 @@
+/* Packing of weights into panels (linear_layout.h). A panel belongs to one thread. */
+#include <cstring>
+
+#include "common/rows.h"
+#include "cpu/linear_layout.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+struct Place {
+  int64_t panel;
+  int lane; /* 0..31: half * 16 + j */
+};
+
+/* Which output stands in a lane; -1 beyond the last. */
+int64_t output_of(const LinearShape &shape, const Place &place) {
+  if (!shape.gated) {
+    const int64_t output = place.panel * kPanel + place.lane;
+    return output < shape.out_features ? output : -1;
+  }
+  const int64_t outputs = shape.out_features / 2, output = place.panel * kHalf + place.lane % kHalf;
+  return output < outputs ? output + place.lane / kHalf * outputs : -1;
+}
+
+/* One output's inputs into its lane; columns are 64 bytes apart. w may be absent: zeros. */
+void put_f32(char *columns, int lane, const char *w, int64_t num) {
+  char *to = columns + lane / kHalf * kColumnBytes + lane % kHalf * 4;
+  for (int64_t e = 0; e < num; ++e) {
+    if (w) std::memcpy(to + 2 * e * kColumnBytes, w + 4 * e, 4);
+    else std::memset(to + 2 * e * kColumnBytes, 0, 4);
+  }
+}
+
+void put_f16(char *columns, int lane, const char *w, int64_t num) {
+  char *to = columns + lane % kHalf * 4 + lane / kHalf * 2;
+  for (int64_t e = 0; e < num; ++e) {
+    if (w) std::memcpy(to + e * kColumnBytes, w + 2 * e, 2);
+    else std::memset(to + e * kColumnBytes, 0, 2);
+  }
+}
+
+void put_int8(char *columns, int lane, const char *w, int64_t num) {
+  char *to = columns + lane % kHalf * 4 + lane / kHalf;
+  for (int64_t e = 0; e < num; ++e) to[e / 2 * kColumnBytes + e % 2 * 2] = w ? w[e] : 0;
+}
+
+void put_int4(char *columns, int lane, const char *w, int64_t num) {
+  const int shift = lane / kHalf * 4, keep = 0xf0 >> shift;
+  for (int64_t e = 0; e < num; ++e) {
+    char &byte = columns[e / 4 * kColumnBytes + lane % kHalf * 4 + e % 4];
+    byte = static_cast<char>((byte & keep) | ((w ? w[e] & 15 : 0) << shift));
+  }
+}
+
+void put_scale(const lmi_linear_pack_args &args, float *scales, int lane, int64_t row, int64_t group) {
+  scales[lane] = scales[kPanel + lane] = 0.0f;
+  if (row < 0) return;
+  const char *scale = static_cast<const char *>(at(args.scales, row)) + group * bytes_of(args.dtype);
+  read_floats(scale, args.dtype, 1, scales + lane);
+  scales[kPanel + lane] = static_cast<const uint8_t *>(at(args.zeros, row))[group];
+}
+
+void put_lane(const lmi_linear_pack_args &args, const PanelLayout &layout, const Place &place, int64_t row) {
+  char *groups = static_cast<char *>(args.packed.data) + place.panel * layout.panel_bytes;
+  const char *w = row < 0 ? nullptr : static_cast<const char *>(at(args.w, row));
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    char *columns = groups + group * layout.group_bytes + layout.scale_bytes;
+    const char *inputs = w ? w + group * layout.group_inputs * bytes_of(args.w.dtype) : nullptr;
+    if (layout.scale_bytes) put_scale(args, reinterpret_cast<float *>(columns - layout.scale_bytes), place.lane, row, group);
+    const auto put = args.format == LMI_INT4 ? put_int4 : args.format == LMI_INT8 ? put_int8 : args.dtype == LMI_F32 ? put_f32 : put_f16;
+    put(columns, place.lane, inputs, layout.group_inputs);
+  }
+}
+
+void check_pack(const lmi_linear_pack_args &args, const LinearShape &shape) {
+  require(!*why_unsupported(shape), why_unsupported(shape));
+  check_dims("w", args.w, 2);
+  const bool dense = args.format == LMI_DENSE;
+  const Size rows{"rows", args.w.size[0]}, groups{"E/group", dense ? 0 : args.in_features / args.group};
+  check("w", args.w, dense ? args.dtype : LMI_U8, {rows, {"E", args.in_features}});
+  check_range("row_offset", args.row_offset, 0, args.out_features - args.w.size[0]);
+  if (!dense) {
+    check("scales", args.scales, args.dtype, {rows, groups});
+    check("zeros", args.zeros, LMI_U8, {rows, groups});
+  }
+  check("packed", args.packed, LMI_U8, {{"packed_bytes", packed_bytes(shape)}});
+}
+
+}  // namespace
+
+void linear_pack(const lmi_linear_pack_args &args) {
+  const LinearShape shape{args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
+  check_pack(args, shape);
+  const PanelLayout layout = panel_layout(shape);
+  parallel_for(layout.num_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t output = output_of(shape, {panel, lane}), row = output - args.row_offset;
+        if (output < 0) put_lane(args, layout, {panel, lane}, -1);
+        else if (row >= 0 && row < args.w.size[0]) put_lane(args, layout, {panel, lane}, row);
+      }
+    }
+  });
+}
+
+}  // namespace lmi::LMI_LEVEL

@@ -1,0 +1,63 @@
+/* Low-rank adapters, each token with its own. A token belongs to one thread. */
+#include "common/rows.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+/* inner[r] = round(sum_e a[adapter,r,e] x[e]), rounded to x's dtype. */
+void project_down(const lmi_lora_args &args, int64_t adapter, const float *x, float *weights, float *inner) {
+  const int64_t rank = args.a.size[1], num_inputs = args.a.size[2];
+  for (int64_t r = 0; r < rank; ++r) {
+    read_floats(at(args.a, adapter, r), args.a.dtype, num_inputs, weights);
+    inner[r] = dot(weights, x, num_inputs);
+  }
+  round_floats(inner, args.x.dtype, rank);
+}
+
+/* out[f] += scale * sum_r b[adapter,f,r] inner[r] */
+void project_up(const lmi_lora_args &args, int64_t adapter, const float *inner, float *weights, float *out) {
+  const int64_t num_outputs = args.b.size[1], rank = args.b.size[2];
+  const float scale = static_cast<const float *>(args.scales.data)[adapter];
+  for (int64_t f = 0; f < num_outputs; ++f) {
+    read_floats(at(args.b, adapter, f), args.b.dtype, rank, weights);
+    out[f] += scale * dot(weights, inner, rank);
+  }
+}
+
+void check_lora(const lmi_lora_args &args) {
+  check_dims("x", args.x, 2);
+  check_float("x", args.x);
+  check_dims("a", args.a, 3);
+  check_dims("b", args.b, 3);
+  const Size adapters{"A", args.a.size[0]}, rank{"rank", args.a.size[1]}, outputs{"F", args.b.size[1]};
+  check("a", args.a, args.x.dtype, {adapters, rank, {"E", args.x.size[1]}});
+  check("b", args.b, args.x.dtype, {adapters, outputs, rank});
+  check("scales", args.scales, LMI_F32, {adapters});
+  check("adapters", args.adapters, LMI_I32, {{"T", args.x.size[0]}});
+  check_shape("out", args.out, {{"T", args.x.size[0]}, outputs});
+  if (args.out.dtype != LMI_F32) check_dtype("out", args.out, args.x.dtype);
+  for (int64_t t = 0; t < args.x.size[0]; ++t) {
+    check_range("an entry of adapters", integers(args.adapters)[t], INT32_MIN, args.a.size[0] - 1);
+  }
+}
+
+}  // namespace
+
+void lora(const lmi_lora_args &args) {
+  check_lora(args);
+  const int64_t num_inputs = args.x.size[1], num_outputs = args.out.size[1], rank = args.a.size[1];
+  parallel_for(args.x.size[0], rows_a_share(rank * (num_inputs + num_outputs)), [&](int64_t begin, int64_t end) {
+    Floats x(num_inputs), out(num_outputs), inner(rank), weights(num_inputs > rank ? num_inputs : rank);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t adapter = integers(args.adapters)[t];
+      if (adapter < 0) continue;
+      read_row(args.x, t, x);
+      read_row(args.out, t, out);
+      project_down(args, adapter, x, weights, inner);
+      project_up(args, adapter, inner, weights, out);
+      write_row(out, args.out, t);
+    }
+  });
+}
+
+}  // namespace lmi::LMI_LEVEL
