@@ -1,0 +1,282 @@
+"""A Scheduler under watch: runs its plans on a pretend KV memory that notices every wrong key, and checks what must always hold."""
+
+from collections import Counter
+from collections.abc import Sequence as Items
+from typing import Any
+
+from lmi_dist.plan import Chunk, Plan
+from lmi_dist.scheduler import Finished, Scheduler, Sequence, wants_token
+
+GARBAGE = -1
+
+
+class KeyMemory:
+    """What each slot of each block holds: the number of the exact text (salt, adapter, all tokens) that its key stands for."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[tuple[int, int], int] = {}
+        self._texts: dict[tuple[Any, int], int] = {}
+
+    def texts(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Numbers of the sequence's first 1, 2, .. num_tokens tokens. Two texts have the same number exactly if they are equal."""
+        numbers: list[int] = []
+        before: Any = (sequence.salt, sequence.adapter)
+        for token in sequence.token_ids[:num_tokens]:
+            before = self._texts.setdefault((before, token), len(self._texts))
+            numbers.append(before)
+        return numbers
+
+    def slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
+        return chunk.table[position // self.block_size], position % self.block_size
+
+    def block(self, block: int) -> list[int]:
+        return [self.slots.get((block, slot), GARBAGE) for slot in range(self.block_size)]
+
+
+class WatchedScheduler:
+    """The scheduler's verbs, each followed by its checks. `log` holds them all, so that `replay` can do the same again."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.scheduler = Scheduler(**settings)
+        self.memory = KeyMemory(settings["block_size"])
+        self.log: list[tuple[str, Any]] = []
+        self.plans: list[Plan] = []
+        self.live: dict[int, Sequence] = {}
+        self.texts: dict[int, list[int]] = {}  # what each live sequence's tokens must be
+        self.prompt_rows: dict[int, list[int]] = {}  # positions of the prompt rows that were delivered
+        self.ends: Counter[int] = Counter()
+        self.num_added = 0
+        self.flight: Plan | None = None
+        self._rows: list[tuple[Sequence, Chunk]] = []
+        self._before: dict[int, tuple[Any, ...]] = {}
+        self._counts_before: tuple[int, ...] = ()
+        self.is_undisturbed = True  # since the last plan
+
+    @property
+    def has_preempted(self) -> bool:
+        """Whether the plan in flight has sent anyone back."""
+        return self.scheduler.preemptions != self._counts_before[0]
+
+    # ---- verbs ----
+
+    def add(self, **fields: Any) -> Sequence:
+        self.log.append(("add", fields))
+        sequence = Sequence(**{**fields, "token_ids": list(fields["token_ids"])})
+        self.scheduler.add(sequence)
+        self.live[sequence.id] = sequence
+        self.texts[sequence.id] = list(sequence.token_ids)
+        self.prompt_rows[sequence.id] = []
+        self.num_added += 1
+        self.is_undisturbed = False
+        return sequence
+
+    def finish(self, sequence_id: int) -> None:
+        self.log.append(("finish", sequence_id))
+        self.scheduler.finish(sequence_id)
+        if sequence_id in self.live:
+            self._ended(sequence_id)
+            self.is_undisturbed = False
+
+    def plan(self) -> Plan:
+        self.log.append(("plan", None))
+        self._before = {id: _standing(sequence) for id, sequence in self.live.items()}
+        self._counts_before = self._counts()
+        plan = self.scheduler.plan()
+        self.plans.append(plan)
+        assert plan.is_empty == (not self.live)
+        if not plan.is_empty:
+            self.flight = plan
+            self.is_undisturbed = True
+            self._rows = [(self.live[chunk.sequence], chunk) for chunk in plan.rows]
+            self._check_plan(plan)
+        return plan
+
+    def commit(self, choices: Items[Items[int]]) -> list[Finished]:
+        """`choices` are handed out round robin as the sampled tokens."""
+        self.log.append(("commit", choices))
+        plan, self.flight = self.flight, None
+        assert plan is not None
+        for sequence, chunk in self._rows:
+            self._run(sequence, chunk)
+        sampled = [chunk.sequence for _, chunk in self._rows if wants_token(chunk)]
+        tokens = {id: list(choices[index % len(choices)]) for index, id in enumerate(sampled)}
+        alive = [(s, c) for s, c in self._rows if self.live.get(s.id) is s]
+        finished = self.scheduler.commit(plan, tokens)
+        self._check_commit(alive, tokens, finished)
+        return finished
+
+    def drop(self, num_written: int) -> None:
+        """The forward fails after it wrote garbage for so many tokens."""
+        self.log.append(("drop", num_written))
+        plan, self.flight = self.flight, None
+        assert plan is not None
+        places = [self.memory.slot(c, c.start + i) for c in plan.rows for i in range(len(c.token_ids))]
+        self.memory.slots.update(dict.fromkeys(places[:num_written], GARBAGE))
+        self.scheduler.drop(plan)
+        self._check_drop()
+
+    def replay(self) -> list[Plan]:
+        """The plans of a fresh scheduler that is told the same."""
+        other = WatchedScheduler(**self.settings)
+        for verb, argument in self.log:
+            if verb == "add":
+                other.add(**argument)
+            elif verb == "plan":
+                other.plan()
+            else:
+                getattr(other, verb)(argument)
+        return other.plans
+
+    def drain(self, choices: Items[Items[int]] = ((7,),)) -> None:
+        """Run until nothing is left, within a number of steps that only the work itself sets."""
+        if self.flight is not None:
+            self.commit(choices)
+        longest = max((s.prompt_length + s.max_tokens for s in self.live.values()), default=0)
+        most_steps = 2 * longest * len(self.live)
+        while self.live:
+            assert most_steps > 0, f"starved: {list(self.live)}"
+            most_steps -= 1
+            self.plan()
+            self.commit(choices)
+            self.check()
+
+    # ---- checks ----
+
+    def check(self) -> None:
+        """What holds between any two calls."""
+        pool = self.scheduler.pool
+        running = [s for s in self.live.values() if s.state == "running"]
+        waiting = [s for s in self.live.values() if s.state == "waiting"]
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (len(running), len(waiting))
+        assert self.scheduler.has_work == bool(self.live)
+        assert len(running) <= self.settings["max_batch_size"]
+        assert all(s.table == () and s.num_scheduled == 0 for s in waiting)
+        assert all(s.token_ids == self.texts[s.id] for s in self.live.values())
+        holders = Counter(block for s in running for block in s.table)
+        blocks = range(pool.num_blocks)
+        assert [pool.references(block) for block in blocks] == [holders[block] for block in blocks]
+        assert pool.num_used == len(holders)
+        assert pool.num_idle == sum(1 for block in blocks if pool.is_findable(block) and not holders[block])
+        assert pool.num_available == pool.num_blocks - len(holders)
+        self._check_sharing(running, holders)
+
+    def _check_sharing(self, running: list[Sequence], holders: Counter[int]) -> None:
+        pool = self.scheduler.pool
+        for sequence in running:
+            assert len(set(sequence.table)) == len(sequence.table)
+            private = sequence.table[sequence.num_published :]
+            assert all(holders[block] == 1 and not pool.is_findable(block) for block in private)
+        findable = [self.memory.block(block)[-1] for block in range(pool.num_blocks) if pool.is_findable(block)]
+        assert GARBAGE not in findable
+        assert len(set(findable)) == len(findable)
+        assert self.settings["prefix_caching"] or not findable
+
+    def _check_plan(self, plan: Plan) -> None:
+        assert len({chunk.sequence for chunk in plan.rows}) == len(plan.rows)
+        assert plan.step == self.scheduler.num_steps
+        self._check_victims()
+        decoding = {s.id for s in self.live.values() if s.state == "running" and s.num_computed >= s.prefill_end}
+        assert {chunk.sequence for chunk in plan.decodes} == decoding
+        assert all(len(chunk.token_ids) == chunk.num_outputs == 1 for chunk in plan.decodes)
+        budget = self.settings["max_prefill_tokens"]
+        budget = min(budget, self.settings["prefill_chunk_tokens"]) if plan.decodes else budget
+        sizes = [len(chunk.token_ids) for chunk in plan.chunks]
+        assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
+        written = [self.memory.slot(c, c.start + i)[0] for c in plan.rows for i in range(len(c.token_ids))]
+        assert all(self.scheduler.pool.references(b) == 1 and not self.scheduler.pool.is_findable(b) for b in written)
+        for sequence, chunk in self._rows:
+            self._check_chunk(sequence, chunk)
+
+    def _check_victims(self) -> None:
+        """Who was sent back is younger than all that ran before and still do, and nobody came in for it."""
+        ran = [s for id, s in self.live.items() if self._before[id][0] == "running"]
+        victims = [s.arrival for s in ran if s.state == "waiting"]
+        stayed = [s.arrival for s in ran if s.state == "running"]
+        if victims:
+            assert min(victims) > max(stayed)
+            assert self.scheduler.num_running == len(stayed)
+
+    def _check_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
+        end = chunk.start + len(chunk.token_ids)
+        is_whole = end == len(sequence.token_ids)
+        assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end]
+        assert (chunk.prompt_length, chunk.adapter) == (sequence.prompt_length, sequence.adapter)
+        assert end <= len(chunk.table) * self.memory.block_size
+        assert wants_token(chunk) == is_whole
+        assert is_whole or self.settings["chunked_prefill"]
+        if not sequence.wants_prompt_logits:
+            assert chunk.num_outputs == int(is_whole)
+
+    def _run(self, sequence: Sequence, chunk: Chunk) -> None:
+        """The forward of one chunk: all keys before it must be its own text's."""
+        end = chunk.start + len(chunk.token_ids)
+        texts = self.memory.texts(sequence, end)
+        held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(chunk.start)]
+        assert held == texts[: chunk.start], f"sequence {sequence.id} reads keys that are not its own"
+        for position in range(chunk.start, end):
+            self.memory.slots[self.memory.slot(chunk, position)] = texts[position]
+
+    def _check_commit(self, rows: list[tuple[Sequence, Chunk]], tokens: dict[int, list[int]], finished: list[Finished]) -> None:
+        ends = {end.sequence_id: end for end in finished}
+        assert len(ends) == len(finished)
+        for sequence, chunk in rows:
+            end = chunk.start + len(chunk.token_ids)
+            rows_end = min(end, sequence.prompt_length)
+            if sequence.wants_prompt_logits:
+                self.prompt_rows[sequence.id] += range(end - chunk.num_outputs, rows_end)
+            new = tokens.get(sequence.id, [])
+            kept = _kept(sequence, self.texts[sequence.id], new)
+            self.texts[sequence.id] += new[:kept]
+            assert sequence.token_ids == self.texts[sequence.id]
+            assert (sequence.id in ends) == _has_ended(sequence)
+            if sequence.id in ends:
+                assert ends[sequence.id].num_kept == kept
+                self._check_prompt_rows(sequence)
+                self._ended(sequence.id)
+
+    def _check_prompt_rows(self, sequence: Sequence) -> None:
+        if sequence.wants_prompt_logits:
+            assert self.prompt_rows[sequence.id] == list(range(sequence.prompt_length))
+
+    def _check_drop(self) -> None:
+        """Everyone stands where it stood before the plan, but for those that were preempted for it."""
+        if self.is_undisturbed and not self.has_preempted:
+            assert self._counts() == self._counts_before
+        for id, sequence in self.live.items():
+            before = self._before.get(id)
+            if before is not None and before[0] == sequence.state and self.is_undisturbed:
+                assert _standing(sequence) == before
+
+    def _counts(self) -> tuple[int, ...]:
+        s = self.scheduler
+        numbers = (s.preemptions, s.num_steps, s.prefix_query_tokens, s.prefix_hit_tokens)
+        return (*numbers, s.pool.num_used, s.num_running, s.num_waiting)
+
+    def _ended(self, sequence_id: int) -> None:
+        sequence = self.live.pop(sequence_id)
+        self.ends[sequence.arrival] += 1
+        assert sequence.state == "out"
+        assert sequence.table == ()
+
+
+def _standing(sequence: Sequence) -> tuple[Any, ...]:
+    return (
+        sequence.state, sequence.table, sequence.num_scheduled, sequence.num_computed, sequence.num_published,
+        sequence.prefill_end, sequence.num_prompt_rows, list(sequence.token_ids),
+    )  # fmt: skip
+
+
+def _kept(sequence: Sequence, text: list[int], new: list[int]) -> int:
+    """How many of the new tokens a sequence with this text takes."""
+    for index, token in enumerate(new):
+        num_generated = len(text) + index + 1 - sequence.prompt_length
+        if num_generated == sequence.max_tokens or (token in sequence.stop_ids and num_generated >= sequence.min_tokens):
+            return index + 1
+    return len(new)
+
+
+def _has_ended(sequence: Sequence) -> bool:
+    last_ends = sequence.token_ids[-1] in sequence.stop_ids and sequence.num_generated >= sequence.min_tokens
+    return sequence.num_generated > 0 and (last_ends or sequence.num_generated == sequence.max_tokens)
