@@ -1,0 +1,34 @@
+"""Operations on torch tensors: checks, and the choice between the CPU library and the plain torch version of each (`<name>_torch`
+in the same file), which is also the tests' reference. `select` chooses; nothing above this level knows a library."""
+
+from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
+from lmi_dist.ops.column import describe, select, using
+from lmi_dist.ops.embedding import embedding
+from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
+from lmi_dist.ops.lora import lora
+from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
+from lmi_dist.ops.norm import layer_norm, rms_norm
+from lmi_dist.ops.rotary import rotary
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "PackedWeight",
+    "Routing",
+    "activation",
+    "describe",
+    "embedding",
+    "grouped_linear",
+    "layer_norm",
+    "linear",
+    "lora",
+    "moe_combine",
+    "moe_gather",
+    "moe_route",
+    "pack_experts",
+    "pack_linear",
+    "rms_norm",
+    "rotary",
+    "select",
+    "using",
+]

@@ -1,0 +1,90 @@
+"""Which column runs the operations: the CPU library where it is built, or torch. Chosen once for the process; every operation looks
+here. Chosen apart from a tensor's device, so that tests can run any column on the same tensors."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lmi_dist.ops
+from lmi_dist.errors import KernelError
+from lmi_dist.ops.abi import Library, find_library
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Column:
+    """library: None for torch. description: for people."""
+
+    name: str
+    library: Library | None
+    description: str
+
+
+_chosen: Column | None = None
+_libraries: dict[Path, Library] = {}  # opened once for the process: the loader keeps a library anyway
+
+
+def select(column: str = "auto", num_threads: int | None = None, *, path: Path | None = None) -> str:
+    """Take a column for all operations from now on, with num_threads (None: as many as this process may use CPUs).
+
+    column: "auto" (the CPU library if it is built, else torch), "cpu" or "torch". path: that library instead of the installed one.
+    Returns and logs what was taken. Raises KernelError when "cpu" is asked for and there is no library, or it cannot be opened."""
+    global _chosen
+    _chosen = _open(column, num_threads or len(os.sched_getaffinity(0)), path)
+    logger.info("kernels: %s", _chosen.description)
+    return _chosen.description
+
+
+def describe() -> str:
+    """What `select` took, such as "cpu avx512 (base avx2 avx512), 2 threads" or "torch (library not built)"."""
+    return chosen().description
+
+
+def chosen() -> Column:
+    """The column in use; "auto" is taken if nothing was selected."""
+    if _chosen is None:
+        select()
+    assert _chosen is not None  # select sets it
+    return _chosen
+
+
+def library() -> Library | None:
+    """The library that runs the operations; None: torch does."""
+    return (_chosen or chosen()).library
+
+
+@contextmanager
+def using(column: str, num_threads: int | None = None, *, path: Path | None = None, level: str = "best") -> Iterator[Library | None]:
+    """For tests: another column, number of threads and instruction level within a `with`. Gives its library."""
+    global _chosen
+    before = chosen()
+    select(column, num_threads, path=path)
+    opened = library()
+    if opened is not None:
+        opened.set_level(level)
+    try:
+        yield opened
+    finally:
+        _chosen = before
+        if opened is not None:
+            opened.set_level("best")
+
+
+def _open(column: str, num_threads: int, path: Path | None) -> Column:
+    if column not in ("auto", "cpu", "torch"):
+        raise KernelError(f"column={column!r} must be auto, cpu or torch")
+    path = path or find_library(list(lmi_dist.ops.__path__))
+    torch.set_num_threads(num_threads)
+    if column == "torch" or (column == "auto" and path is None):
+        return Column("torch", None, f"torch{'' if path else ' (library not built)'}, {num_threads} threads")
+    if path is None:
+        raise KernelError("kernels=cpu needs liblmi_cpu.so, which is not built; install the package, or use torch")
+    opened = _libraries.get(path) or _libraries.setdefault(path, Library(path))
+    opened.set_threads(num_threads)
+    return Column("cpu", opened, f"{opened.describe()}, {num_threads} threads")
