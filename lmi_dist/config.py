@@ -180,13 +180,15 @@ class RopeConfig:
     @classmethod
     def read(cls, keys: ConfigKeys, max_position: int) -> "RopeConfig":
         """Raises ConfigError on a type that is not implemented or a missing parameter of it."""
-        rope = keys.section("rope_parameters") if "rope_parameters" in keys else keys.section("rope_scaling")
+        rope = keys.section("rope_scaling") if keys.values.get("rope_scaling") else keys.section("rope_parameters")
         kind = rope.choice("rope_type" if "rope_type" in rope else "type", (*ROPE_TYPES, "su"), default="default")
         kind = "longrope" if kind == "su" else kind
-        original = keys.integer("original_max_position_embeddings", default=max_position)
+        original = max_position
+        if kind in ("llama3", "yarn", "longrope"):  # the model's own key goes before the section's, as in transformers
+            original = rope.integer("original_max_position_embeddings", default=max_position)
+            original = keys.integer("original_max_position_embeddings", default=original)
         needs_factor = kind in ("linear", "dynamic", "llama3", "yarn")
         longrope = kind == "longrope"
-        original = rope.integer("original_max_position_embeddings", default=original)
         return cls(
             type=next(known for known in ROPE_TYPES if known == kind),
             theta=rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0)),
@@ -230,14 +232,16 @@ class ModelConfig:
     max_position: int
     rope: RopeConfig
     sliding_window: int | None
+    tied_embeddings: bool
     dtype: Literal["fp32", "fp16", "bf16"]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     generation: Mapping[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
 
     @classmethod
-    def load(cls, folder: Path, supported: Collection[str]) -> "ModelConfig":
-        """Read config.json and generation_config.json. Raises CheckpointError for files, ConfigError for their contents."""
+    def load(cls, folder: Path, supported: Mapping[str, Mapping[str, object]]) -> "ModelConfig":
+        """Read config.json and generation_config.json. `supported`: architecture to the values of keys that config.json may leave
+        out. Raises CheckpointError for files, ConfigError for their contents."""
         keys = ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
         wishes_path = folder / "generation_config.json"
         wishes = ConfigKeys(_read_json(wishes_path) if wishes_path.exists() else {}, str(wishes_path))
@@ -245,6 +249,7 @@ class ModelConfig:
         architecture = next((name for name in architectures if name in supported), None)
         if architecture is None:
             raise keys.refuse("architectures", f"has none that is supported; supported are {', '.join(sorted(supported))}")
+        keys = ConfigKeys({**supported[architecture], **keys.values}, keys.where)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         head_dim = keys.integer("head_dim", default=hidden // heads)
         if head_dim % 8 or head_dim > 256:
@@ -271,6 +276,7 @@ class ModelConfig:
             max_position=rope.reach(trained_positions),
             rope=rope,
             sliding_window=window or None,
+            tied_embeddings=keys.boolean("tie_word_embeddings", default=False),
             dtype=DTYPES[dtype],  # type: ignore[arg-type]  # "auto" was refused above
             bos_token_id=next(iter(keys.integers("bos_token_id")), None),
             eos_token_ids=wishes.integers("eos_token_id") or keys.integers("eos_token_id"),

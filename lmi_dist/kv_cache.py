@@ -1,0 +1,231 @@
+"""The KV pool: how much memory it gets, told with the arithmetic, and the tensors themselves.
+
+`plan_memory` is a function of its arguments: given the same number of available bytes, `explain` and a server plan the same.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
+from lmi_dist.errors import MemoryPlanError
+from lmi_dist.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["fp32", "fp16", "bf16"]
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # the last one is arm64's
+GIGA = 1e9
+DEFAULT_SHARE = 4  # the pool takes at most one part in four of the memory when nothing is asked for
+NO_CGROUP_LIMIT = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What the memory is for. All figures but num_blocks and max_model_len are in bytes; `arithmetic` is for people."""
+
+    dtype: Dtype
+    max_model_len: int
+    available_bytes: int
+    weights_bytes: int
+    working_bytes: int
+    block_bytes: int
+    num_blocks: int
+    arithmetic: tuple[str, ...]
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.block_bytes * self.num_blocks
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit into the pool, of all sequences together."""
+        return self.num_blocks * BLOCK_SIZE
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each [N,K,P,D]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class KVCache:
+    """The pool's tensors, one LayerCache a layer. Slot s of the plan is block s // P, place s % P. Who may write a block is the
+    block pool's business (blocks.py); here are only the bytes, which the system hands out when they are first written."""
+
+    def __init__(self, memory: MemoryPlan, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        shape = (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+        self.layers = [LayerCache(_zeros(shape, memory), _zeros(shape, memory)) for _ in range(num_layers)]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers for part in layer)
+
+
+def _zeros(shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
+    return torch.zeros(shape, dtype=memory.torch_dtype)
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    available_bytes: int,
+    *,
+    cpu_flags: frozenset[str] | None = None,
+) -> MemoryPlan:
+    """Divide `available_bytes` among weights, KV pool and working memory. An unset pool is the smaller of a quarter of the memory
+    and what max_batch_size sequences of max_model_len tokens need, but room for one such sequence at least.
+    Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than the model can do."""
+    dtype = resolve_dtype(config.dtype, model.dtype, read_cpu_flags() if cpu_flags is None else cpu_flags)
+    length = model.model_len(config.max_model_len)
+    demand = _Demand(config, model, checkpoint, dtype, length, available_bytes)
+    plan = MemoryPlan(
+        dtype=dtype,
+        max_model_len=length,
+        available_bytes=available_bytes,
+        weights_bytes=demand.weights_bytes,
+        working_bytes=demand.working_bytes,
+        block_bytes=demand.block_bytes,
+        num_blocks=demand.num_blocks,
+        arithmetic=demand.lines(),
+    )
+    demand.check()
+    return plan
+
+
+class _Demand:
+    """The arithmetic of one plan, each figure under its name."""
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dtype: Dtype, length: int, available_bytes: int
+    ) -> None:
+        self.config, self.model, self.dtype, self.length, self.available_bytes = config, model, dtype, length, available_bytes
+        self.item_bytes = TORCH_DTYPES[dtype].itemsize
+        self.weights_bytes = self.item_bytes * _num_weights(model, checkpoint)
+        self.working_bytes = self._working_bytes()
+        self.block_bytes = 2 * model.num_layers * model.num_kv_heads * BLOCK_SIZE * model.head_dim * self.item_bytes
+        self.blocks_of_one = -(-length // BLOCK_SIZE)
+        self.num_blocks = self._num_blocks()
+
+    def _working_bytes(self) -> int:
+        """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch."""
+        model = self.model
+        feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
+        heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
+        per_token = (4 * model.hidden_size + heads + feed_forward) * self.item_bytes
+        return tokens * per_token + self.config.max_batch_size * model.vocab_size * 4
+
+    def _num_blocks(self) -> int:
+        if self.config.kv_cache_memory_bytes is not None:
+            return self.config.kv_cache_memory_bytes // self.block_bytes
+        free = self.available_bytes - self.weights_bytes - self.working_bytes
+        most = self.config.max_batch_size * self.blocks_of_one
+        return max(
+            self.blocks_of_one, min(self.available_bytes // DEFAULT_SHARE // self.block_bytes, free // self.block_bytes, most)
+        )
+
+    def lines(self) -> tuple[str, ...]:
+        pool = self.num_blocks * self.block_bytes
+        rest = self.available_bytes - self.weights_bytes - self.working_bytes - pool
+        model = self.model
+        return (
+            f"available memory {_gb(self.available_bytes)}",
+            f"weights {_gb(self.weights_bytes)} in {self.dtype}",
+            f"working memory {_gb(self.working_bytes)} for {self.config.max_prefill_tokens} prompt tokens a step",
+            f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {model.num_kv_heads} heads x {BLOCK_SIZE} tokens"
+            f" x {model.head_dim} x {self.item_bytes} bytes",
+            f"KV pool {_gb(pool)} = {self.num_blocks} blocks = {self.num_blocks * BLOCK_SIZE} tokens"
+            f" = {self.num_blocks // self.blocks_of_one} sequences of max_model_len={self.length}",
+            f"left {_gb(rest)}",
+        )
+
+    def check(self) -> None:
+        told = "; ".join(self.lines())
+        if self.num_blocks < self.blocks_of_one:
+            raise MemoryPlanError(
+                f"kv_cache_memory_bytes={self.config.kv_cache_memory_bytes} does not hold one sequence of "
+                f"max_model_len={self.length}, which needs {self.blocks_of_one * self.block_bytes} bytes; "
+                f"raise it or lower max_model_len ({told})"
+            )
+        if self.weights_bytes + self.working_bytes + self.num_blocks * self.block_bytes > self.available_bytes:
+            raise MemoryPlanError(
+                f"the model does not fit the memory; lower max_model_len, kv_cache_memory_bytes or max_prefill_tokens, "
+                f"set dtype=bf16 or take a machine with more memory ({told})"
+            )
+
+
+def _num_weights(model: ModelConfig, checkpoint: Checkpoint) -> int:
+    """Elements of all weights; a tied embedding counts twice, since the head holds a packed copy of it."""
+    tied = model.vocab_size * model.hidden_size if model.tied_embeddings else 0
+    return tied + sum(info.num_elements for info in checkpoint.tensors.values())
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / GIGA:.3f} GB"
+
+
+# ---- what the machine is ----
+
+
+def resolve_dtype(wanted: Literal["auto", "fp32", "fp16", "bf16"], checkpoint: Dtype, cpu_flags: frozenset[str]) -> Dtype:
+    """The dtype to run in on a CPU: what is wanted, else bf16 where the CPU multiplies it, else fp32. Says so if it differs
+    from the checkpoint's."""
+    dtype: Dtype = wanted if wanted != "auto" else "bf16" if cpu_flags & BF16_FLAGS else "fp32"
+    if dtype != checkpoint:
+        logger.info("the checkpoint is %s, the model runs in %s (dtype=%s)", checkpoint, dtype, wanted)
+    return dtype
+
+
+def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The first CPU's features as the kernel names them; none where that file does not exist."""
+    if not cpuinfo.exists():
+        return frozenset()
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what the system has free and, in a container, what its limit leaves."""
+    meminfo = (root / "proc/meminfo").read_text(encoding="utf-8")
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo, re.MULTILINE)
+    if match is None:
+        raise MemoryPlanError("/proc/meminfo has no MemAvailable; set kv_cache_memory_bytes")
+    return min(int(match[1]) * 1024, *_cgroup_rests(root / "sys/fs/cgroup"), NO_CGROUP_LIMIT)
+
+
+def _cgroup_rests(root: Path) -> list[int]:
+    """What each version's limit leaves, if there is one. Cached file pages do not count as used: they are given back on demand."""
+    rests = []
+    for folder, limit, used, cached in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).exists() and (folder / used).exists():
+            maximum = _number(folder / limit)
+            if maximum < NO_CGROUP_LIMIT:
+                rests.append(max(0, maximum - _number(folder / used) + _stat(folder / "memory.stat", cached)))
+    return rests
+
+
+def _number(file: Path) -> int:
+    text = file.read_text(encoding="utf-8").strip()
+    return int(text) if text.isdecimal() else NO_CGROUP_LIMIT  # "max"
+
+
+def _stat(file: Path, name: str) -> int:
+    if not file.exists():
+        return 0
+    match = re.search(rf"^{name} (\d+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(match[1]) if match else 0

@@ -1,0 +1,27 @@
+"""Self-attention over the blocks of the KV pool: rotate, write the new keys, attend."""
+
+import torch
+
+from lmi_dist import ops
+from lmi_dist.batch import ForwardBatch
+
+
+class PagedAttention:
+    """softmax(scale q k^T) v over all keys of each sequence (Vaswani et al. 2017; blocks: Kwon et al. 2023). Query heads share key
+    heads in groups of H // K. `window`: keys that a token sees, itself included; 0: all."""
+
+    def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, *, window: int = 0) -> None:
+        self.layer, self.head_dim, self.window = layer, head_dim, window
+        self.sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self.scale = head_dim**-0.5
+
+    def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=1))
+        cache = batch.cache.layers[self.layer]
+        cos, sin, rows = batch.rope or (None, None, None)
+        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots)
+        out = ops.attention(
+            q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables, scale=self.scale, window=self.window
+        )
+        return out.flatten(1)

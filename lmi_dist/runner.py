@@ -1,0 +1,59 @@
+"""Runner: builds the model from its checkpoint, owns the KV pool, and turns a Plan into logits. The same on every rank."""
+
+import logging
+import os
+import time
+
+import torch
+
+from lmi_dist import ops, quant
+from lmi_dist.batch import build
+from lmi_dist.config import EngineConfig, ModelConfig
+from lmi_dist.kv_cache import KVCache, MemoryPlan
+from lmi_dist.models import Model, model_class
+from lmi_dist.parallel import Ranks
+from lmi_dist.plan import Plan
+from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """One rank's model with its cache."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, ranks: Ranks | None = None) -> None:
+        """Load the weights. Raises CheckpointError before the first byte is read if the files are not what `model` promises,
+        ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
+        self.ranks = ranks or Ranks.of_environment()
+        _share_cpus(ops.select(config.kernels, config.cpu_threads), config.cpu_threads)
+        checkpoint = Checkpoint(model.folder)
+        kind = quant.format_of(model, config.quantize)
+        inventory = Inventory(checkpoint, memory.torch_dtype, self.ranks, kind)
+        inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
+        self.model = _load(model, checkpoint, memory, self.ranks, kind)
+        self.cache = KVCache(memory, model.num_layers, model.num_kv_heads // self.ranks.size, model.head_dim)
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> torch.Tensor:
+        """fp32 logits [R,V]: of each of plan.rows in order the last `num_outputs` tokens. Keys and values go to the cache."""
+        return self.model(build(plan, self.cache))
+
+    def cache_regime(self, prompt_length: int) -> str:
+        """To be mixed into a sequence's salt for the prefix cache: keys are alike only within one regime."""
+        return self.model.cache_regime(prompt_length)
+
+
+def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, ranks: Ranks, kind: str) -> Model:
+    started = time.monotonic()
+    with Progress(f"loading {model.folder.name}", checkpoint.size_bytes) as progress, torch.inference_mode():
+        weights = Weights(checkpoint, memory.torch_dtype, ranks, kind, advance=progress.advance)
+        built = model_class(model.architecture)(model, weights, memory.max_model_len)
+    seconds = time.monotonic() - started
+    logger.info("%s: %.2f GB in %.1f s as %s", model.architecture, checkpoint.size_bytes / 1e9, seconds, memory.dtype)
+    return built
+
+
+def _share_cpus(column: str, num_threads: int | None) -> None:
+    """Our kernels have threads of their own. Torch's would spin on the same CPUs for a while after each small operation that is
+    still torch's, so torch gets one; on the torch column it does the work itself and gets them all."""
+    torch.set_num_threads(1 if column.startswith("cpu") else num_threads or len(os.sched_getaffinity(0)))

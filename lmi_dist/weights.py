@@ -1,0 +1,239 @@
+"""A checkpoint's tensors by name: their shapes without reading them, and this rank's slices, mapped piece by piece.
+
+Pages of a mapped file count as this process' memory while the mapping lives. So every piece is at most PIECE_BYTES of a mapping
+of its own that dies with it, and the peak of loading is what has been packed so far plus one piece.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lmi_dist.errors import CheckpointError
+from lmi_dist.fetch import Progress, fetch
+from lmi_dist.parallel import Ranks
+
+__all__ = ["Checkpoint", "Inventory", "Progress", "TensorInfo", "Weights", "fetch"]
+
+PIECE_BYTES = 8 << 20  # large against the cost of opening a file, small against any model
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NOT_WEIGHTS = re.compile(r"(consolidated.*|adapter_model.*|training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
+SHARD = re.compile(r".*-(\d+)-of-(\d+)\.\w+")
+WHOLE = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a folder: safetensors or torch files, one or many. Raises CheckpointError on missing or corrupt files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, TensorInfo] = {}
+        for file in _files(folder):
+            self.tensors = {**self.tensors, **_contents(file)}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    def read(self, name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> torch.Tensor:
+        """A tensor, or its rows [rows] and, if it has two dimensions, columns [columns]; mapped from the file, not to be
+        written. Its pages are given back when it dies. Raises CheckpointError."""
+        info = self.tensors[name]
+        with _told(info.file):
+            if info.file.suffix == ".safetensors":
+                with safe_open(info.file, "pt") as file:
+                    return _cut(file.get_slice(name), len(info.shape), rows, columns)
+            return _cut(_load_pickle(info.file)[name], len(info.shape), rows, columns)
+
+
+def _cut(view: Any, dims: int, rows: slice, columns: slice) -> torch.Tensor:
+    part: torch.Tensor = view[rows, columns] if dims == 2 else view[rows]
+    return part
+
+
+class Weights:
+    """What a model is built from: this rank's slices of a checkpoint's tensors, in the dtype of the model."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        kind: str = "unquantized",
+        *,
+        advance: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        self.checkpoint, self.dtype, self.ranks = checkpoint, dtype, ranks
+        self.format = kind  # a row of quant's table
+        self._advance = advance
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...], rows: slice = WHOLE) -> torch.Tensor:
+        """Rows [rows] of a tensor that must have `shape`, in memory of our own. Raises CheckpointError."""
+        out = torch.empty((len(range(shape[0])[rows]), *shape[1:]), dtype=self.dtype)
+        for row, piece in self.pieces(name, shape, rows):
+            out[row : row + len(piece)] = piece
+        return out
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], rows: slice = WHOLE, columns: slice = WHOLE
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same without a copy of the whole: (row of the slice, some rows from there on), ascending. A piece is mapped and
+        must not be kept or written."""
+        info = self.checkpoint.tensors.get(name)
+        if info is None or info.shape != shape:
+            raise _mismatch([name] if info is None else [], [] if info is None else [_wrong(name, info, shape)])
+        mine = range(shape[0])[rows]
+        step = max(1, PIECE_BYTES * shape[0] // max(info.size_bytes, 1))
+        for first in range(mine.start, mine.stop, step):
+            part = slice(first, min(first + step, mine.stop))
+            yield first - mine.start, self.checkpoint.read(name, part, columns).to(self.dtype)
+            self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
+
+
+class Inventory(Weights):
+    """Weights that read nothing. A model built from it, and thrown away, tells all that the checkpoint lacks before the first
+    byte is loaded: see `verify`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, ranks: Ranks, kind: str = "unquantized") -> None:
+        super().__init__(checkpoint, dtype, ranks, kind)
+        self._asked: set[str] = set()
+        self._missing: list[str] = []
+        self._wrong: list[str] = []
+
+    def pieces(
+        self, name: str, shape: tuple[int, ...], rows: slice = WHOLE, columns: slice = WHOLE
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        info = self.checkpoint.tensors.get(name)
+        self._asked.add(name)
+        if info is None:
+            self._missing.append(name)
+        elif info.shape != shape:
+            self._wrong.append(_wrong(name, info, shape))
+        return iter(())
+
+    def verify(self, ignored: Collection[str] = ()) -> None:
+        """Raises CheckpointError on missing tensors, wrong shapes and tensors that nobody asked for, except where one of the
+        patterns `ignored` matches the end of the name."""
+        surplus = [
+            name
+            for name in self.checkpoint.tensors
+            if name not in self._asked and not any(re.search(f"{pattern}$", name) for pattern in ignored)
+        ]
+        if self._missing or self._wrong or surplus:
+            raise _mismatch(self._missing, self._wrong, surplus)
+
+
+def _wrong(name: str, info: TensorInfo, shape: tuple[int, ...]) -> str:
+    return f"{name} has shape {list(info.shape)}, expected {list(shape)}"
+
+
+def _mismatch(missing: list[str], wrong: list[str], surplus: Collection[str] = ()) -> CheckpointError:
+    kinds = {"missing": missing, "of a wrong shape": wrong, "not part of this architecture": surplus}
+    told = [f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds.items() if found]
+    return CheckpointError(f"the checkpoint's tensors are not what config.json promises: {'; '.join(told)}")
+
+
+def _first(names: Collection[str], most: int = 5) -> str:
+    return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
+
+
+# ---- files ----
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that hold the weights; safetensors first, and an index where there is one."""
+    if not folder.is_dir():
+        raise CheckpointError(f"model={folder} is not a folder")
+    for suffixes in ((".safetensors",), (".bin", ".pt")):
+        indexes = [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}.index.json"))]
+        if indexes:
+            return _indexed(indexes[0])
+        files = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes and not NOT_WEIGHTS.fullmatch(path.name)]
+        if files:
+            return _complete(files)
+    raise CheckpointError(f"model={folder} holds no weights; expected *.safetensors, or *.bin or *.pt of torch")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint: {error!r}") from error
+    files = [index.parent / Path(name).name for name in names]  # only the name: an index must not point out of its folder
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {len(missing)} of {len(files)} files of {index.name}: {_first(missing)}")
+    return files
+
+
+def _complete(files: list[Path]) -> list[Path]:
+    """Raises CheckpointError when the names say -i-of-n and one of the n is not there."""
+    shards = [match for match in (SHARD.fullmatch(file.name) for file in files) if match]
+    for shard in shards:
+        if len(shards) != int(shard[2]):
+            raise CheckpointError(f"{files[0].parent} lacks shards: {shard[0]} is one of {int(shard[2])}, found {len(shards)}")
+    return files
+
+
+def _contents(file: Path) -> dict[str, TensorInfo]:
+    with _told(file):
+        if file.suffix == ".safetensors":
+            return _safetensors_contents(file)
+        return {name: TensorInfo(file, tuple(x.shape), x.dtype) for name, x in _load_pickle(file).items()}
+
+
+def _safetensors_contents(file: Path) -> dict[str, TensorInfo]:
+    contents = {}
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 not a mapping
+            view = opened.get_slice(name)
+            if view.get_dtype() not in SAFETENSORS_DTYPES:
+                raise CheckpointError(f"{file}: {name} has dtype {view.get_dtype()}, which is not supported")
+            contents[name] = TensorInfo(file, tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()])
+    return contents
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """Names to mapped tensors, nothing read yet. weights_only: a checkpoint must not run code."""
+    values: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise CheckpointError(f"{file} must hold a dict of tensors by name, as save_pretrained writes it")
+    return values
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} is corrupt, truncated or not readable: {str(error).splitlines()[0]}") from error
