@@ -2,6 +2,7 @@
 in the same file), which is also the tests' reference. `select` chooses; nothing above this level knows a library."""
 
 from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
+from lmi_dist.ops.attention import attention
 from lmi_dist.ops.column import describe, select, using
 from lmi_dist.ops.embedding import embedding
 from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
@@ -9,6 +10,7 @@ from lmi_dist.ops.lora import lora
 from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
 from lmi_dist.ops.rotary import rotary
+from lmi_dist.ops.sampling import logprobs, penalize, sample
 
 __all__ = [
     "ACTIVATIONS",
@@ -16,19 +18,23 @@ __all__ = [
     "PackedWeight",
     "Routing",
     "activation",
+    "attention",
     "describe",
     "embedding",
     "grouped_linear",
     "layer_norm",
     "linear",
+    "logprobs",
     "lora",
     "moe_combine",
     "moe_gather",
     "moe_route",
     "pack_experts",
     "pack_linear",
+    "penalize",
     "rms_norm",
     "rotary",
+    "sample",
     "select",
     "using",
 ]

@@ -129,8 +129,12 @@ class Library:
         for field, value in fields.items():
             if value is None:
                 continue
-            holder = args if places[field] is None else getattr(args, places[field])
-            setattr(holder, field, self.tensor(value) if isinstance(value, torch.Tensor) else value)
+            place = places[field]
+            setattr(
+                args if place is None else getattr(args, place),
+                field,
+                self.tensor(value) if isinstance(value, torch.Tensor) else value,
+            )
         self.check(function(args, None))
 
     def check(self, status: int) -> None:

@@ -32,7 +32,8 @@ def activation_code(kind: str) -> int:
 
 
 def activation(x: Tensor, kind: Activation, *, gated: bool) -> Tensor:
-    """act(x), x: [T,F]; or gated: act(x[:, :F]) * x[:, F:], x: [T,2F]. Returns [T,F]. Raises KernelError on shapes or an unknown kind."""
+    """act(x), x: [T,F]; or gated: act(x[:, :F]) * x[:, F:], x: [T,2F]. Returns [T,F].
+    Raises KernelError on shapes or an unknown kind."""
     code = activation_code(kind)
     library = column.library()
     if library is None:

@@ -60,7 +60,9 @@ def library() -> Library | None:
 
 
 @contextmanager
-def using(column: str, num_threads: int | None = None, *, path: Path | None = None, level: str = "best") -> Iterator[Library | None]:
+def using(
+    column: str, num_threads: int | None = None, *, path: Path | None = None, level: str = "best"
+) -> Iterator[Library | None]:
     """For tests: another column, number of threads and instruction level within a `with`. Gives its library."""
     global _chosen
     before = chosen()

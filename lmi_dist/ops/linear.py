@@ -122,10 +122,9 @@ def pack_experts(
     format: Format = "dense",
     group: int = 0,
 ) -> list[PackedWeight]:
-    """Room for one weight [F,E] an expert, one behind the other in memory, for `grouped_linear`. Raises KernelError as pack_linear."""
-    shape = WeightShape(
-        out_features=out_features, in_features=in_features, dtype=dtype, gated=gated, format=format, group=group
-    )
+    """Room for one weight [F,E] an expert, one behind the other in memory, for `grouped_linear`.
+    Raises KernelError when the combination cannot be."""
+    shape = WeightShape(out_features=out_features, in_features=in_features, dtype=dtype, gated=gated, format=format, group=group)
     shape.check()
     library = column.library()
     if library is None:
@@ -148,8 +147,9 @@ def linear(
 ) -> Tensor:
     """With y = x w^T + bias + addend: act(y) + residual; or, for a gated weight: act(y[:, :F/2]) * y[:, F/2:] + residual.
 
-    x: [T,E] in the weight's dtype; bias: [F]; addend: [T,F]; residual: [T,F] or [T,F/2]; these two in x's dtype or fp32. Sums in float.
-    Returns [T,F] or [T,F/2] in out_dtype (x's dtype or fp32; default x's). Raises KernelError on shapes and dtypes."""
+    x: [T,E] in the weight's dtype; bias: [F]; addend: [T,F]; residual: [T,F] or [T,F/2]; these two in x's dtype or fp32.
+    Sums are in float. Returns [T,F] or [T,F/2] in out_dtype (x's dtype or fp32; default x's).
+    Raises KernelError on shapes and dtypes."""
     code = activation_code(activation)
     library = packed.library
     if library is None:
@@ -241,14 +241,13 @@ def _new_out(x: Tensor, shape: WeightShape, out_dtype: torch.dtype | None) -> Te
 def _memory_of(experts: Sequence[PackedWeight]) -> Tensor:
     """The bytes of all experts as one vector. Raises KernelError if they do not lie one behind the other."""
     data, step = experts[0].data, experts[0].size_bytes
-    if any(packed.data.data_ptr() != data.data_ptr() + i * step or packed.shape != experts[0].shape for i, packed in enumerate(experts)):
+    first = data.data_ptr()
+    if any(packed.data.data_ptr() != first + i * step for i, packed in enumerate(experts)):
         raise KernelError("grouped_linear: experts must be all weights of one pack_experts, in order")
     return torch.as_strided(data, (step * len(experts),), (1,))
 
 
-def _check(
-    x: Tensor, shape: WeightShape, addend: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None
-) -> Shapes:
+def _check(x: Tensor, shape: WeightShape, addend: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype | None) -> Shapes:
     shapes = Shapes("linear", E=shape.in_features, F=shape.out_features)
     shapes.sizes["F/2"] = shape.out_features // 2
     shapes.check("x", x, "T E", shape.dtype)

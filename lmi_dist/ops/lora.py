@@ -10,8 +10,8 @@ from lmi_dist.ops.shapes import FLOATS, Shapes
 def lora(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scales: Tensor, adapters: Tensor) -> None:
     """out += scales[i] * b[i] (a[i] x) in place, with i = adapters[t]; a negative i adds nothing (Hu et al. 2021).
 
-    out: [T,F] in x's dtype or fp32; x: [T,E]; a: [A,rank,E]; b: [A,F,rank], of x's dtype; scales: fp32 [A]; adapters: int32 [T]. a x is rounded
-    to x's dtype, as two linears would. Raises KernelError on shapes and on adapters out of range."""
+    out: [T,F] in x's dtype or fp32; x: [T,E]; a: [A,rank,E]; b: [A,F,rank], of x's dtype; scales: fp32 [A]; adapters: int32 [T].
+    a x is rounded to x's dtype, as two linears would. Raises KernelError on shapes and on adapters out of range."""
     library = column.library()
     if library is None:
         lora_torch(out, x, a, b, scales, adapters)

@@ -10,7 +10,7 @@ from lmi_dist.ops.shapes import FLOATS, Shapes
 
 
 class Routing(NamedTuple):
-    """Pair t*top_k + j is token t's j-th expert. order: the pairs by expert; rows starts[x] .. starts[x+1]-1 of it are expert x's."""
+    """Pair t*top_k + j is token t's j-th expert. order: the pairs by expert; starts[x] .. starts[x+1]-1 of it are expert x's."""
 
     weights: Tensor  # fp32 [T,top_k]
     experts: Tensor  # int32 [T,top_k]
@@ -96,7 +96,7 @@ def moe_combine_torch(y: Tensor, weights: Tensor, order: Tensor, *, residual: Te
 def _top_k(shapes: Shapes, order: Tensor, num_tokens: int) -> int:
     shapes.check("order", order, "pairs", torch.int32)
     num_pairs = len(order)
-    shapes.require(num_pairs % max(num_tokens, 1) == 0, f"order has {num_pairs} entries; it must have T * top_k with T={num_tokens}")
+    shapes.require(num_pairs % max(num_tokens, 1) == 0, f"order has {num_pairs} entries for {num_tokens} tokens")
     inside = bool(((order >= 0) & (order < num_pairs)).all())
     shapes.require(inside, f"an entry of order is not one of the {num_pairs} pairs")
     return max(num_pairs // max(num_tokens, 1), 1)

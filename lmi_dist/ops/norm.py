@@ -9,7 +9,7 @@ from lmi_dist.ops.shapes import FLOATS, Shapes
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None, weight_offset: float = 0.0) -> Tensor:
     """(weight + weight_offset) * s / sqrt(mean(s^2) + eps), with s = x, or s = residual := x + residual (changed in place).
-    x, residual: [T,E], weight: [E] or None (1), one dtype. Returns [T,E] (Zhang and Sennrich 2019). Raises KernelError on shapes."""
+    x, residual: [T,E], weight: [E] or None (1), one dtype. Returns [T,E] (Zhang, Sennrich 2019). Raises KernelError on shapes."""
     library = column.library()
     if library is None:
         return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset)
