@@ -102,7 +102,7 @@ class Settings:
     models: tuple[ModelSettings, ...]
 
 
-def load(model_dir: Path | None, environ: Mapping[str, str], arguments: Mapping[str, str] = NO_WORDS) -> Settings:
+def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, arguments: Mapping[str, str] = NO_WORDS) -> Settings:
     """Settings of a server. `model_dir` is the command line's, `arguments` its other words: `option.X` and plain keys of
     serving.properties for every model, ServerSettings' fields, `load_models`, `model_store` and `config_file` for the server.
     Raises ConfigError that names the first word at fault, where it was written, the rule and the way out."""

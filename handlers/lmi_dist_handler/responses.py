@@ -1,0 +1,167 @@
+"""Engine outputs to the LMI schema's answers: json, jsonlines, sse, raw text, as DJL 0.29 has them (contract 7.4 to 7.9).
+
+Of DJL's traps these are set right: any text gives valid JSON, one token a line, `n` and `best_of` apart.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lmi_dist import Output, Token, TokenLogprob
+from lmi_dist_handler.formatter import Candidate, Dialect, Formatter, Told, dumps, error_body, explained, finite
+
+__all__ = ["Dialect", "Formatter", "Json", "JsonLines", "RawText", "Sse", "Told", "Wishes", "dialect_of", "error_body", "refusal"]
+
+FINISH_REASONS = {"stop_sequence": "eos_token"}  # from 0.27 on, both are told as eos_token
+NO_TOKEN: dict[str, object] = {"id": -1, "text": "", "log_prob": -1, "special_token": True}  # DJL's stand-in where there is none
+
+
+def dialect_of(properties: Mapping[str, str]) -> Dialect:
+    """Whose words a request's route speaks; `lmi_route` is set by our host."""
+    route = next((value for name, value in properties.items() if name.lower() == "lmi_route"), "")
+    return "openai" if route else "lmi"
+
+
+def refusal(properties: Mapping[str, str], error: Exception) -> Told:
+    """Code, message and body for a request that was refused before it had a formatter."""
+    return explained(dialect_of(properties), error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What an LMI client wants to see. `prompt` is its text."""
+
+    prompt: str
+    num_candidates: int = 1
+    details: bool = False
+    return_full_text: bool = False
+    decoder_input_details: bool = False
+    top_tokens: bool = False
+    tgi_compat: bool = False
+
+    @property
+    def shows_details(self) -> bool:
+        """Several candidates are told in the details object, asked for or not."""
+        return self.details or self.num_candidates > 1
+
+
+class LmiFormatter(Formatter):
+    """Base of the forms of this file."""
+
+    def __init__(self, wishes: Wishes) -> None:
+        super().__init__(wishes.num_candidates)
+        self.wishes = wishes
+
+    @property
+    def full_text_prefix(self) -> str:
+        return self.wishes.prompt if self.wishes.return_full_text else ""
+
+    def _end(self) -> str:
+        return ""
+
+    def token(self, token: Token, is_tgi: bool) -> dict[str, Any]:
+        """A token's object (contract 7.6)."""
+        if is_tgi:
+            return {"id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.is_special}
+        shown = {"id": token.id, "text": token.text, "log_prob": finite(token.logprob)}
+        return {**shown, "special_token": True} if token.is_special else shown
+
+    def details(self, candidate: Candidate, is_tgi: bool, *, with_tokens: bool) -> dict[str, Any]:
+        """The details object of one candidate."""
+        shown: dict[str, Any] = {
+            "finish_reason": _reason(candidate),
+            "generated_tokens": candidate.num_generated_tokens,
+            "inputs": self.wishes.prompt,
+        }
+        if with_tokens:
+            shown["tokens"] = [self.token(token, is_tgi) for token in candidate.tokens]
+        if self.wishes.decoder_input_details:
+            shown["prefill"] = [self.token(token, is_tgi) for token in self.prompt_tokens.get(candidate.request_id, ())]
+        if self.wishes.top_tokens:
+            shown["top_tokens"] = [self.alternatives(token.top, is_tgi) for token in candidate.tokens]
+        return shown
+
+    def alternatives(self, top: Iterable[TokenLogprob], is_tgi: bool) -> list[dict[str, Any]]:
+        return [self.token(Token(entry.id, entry.text, entry.logprob), is_tgi) for entry in top]
+
+
+class Json(LmiFormatter):
+    """One object, whole, at the end."""
+
+    def _end(self) -> str:
+        is_tgi = self.wishes.tgi_compat
+        best, *others = sorted(self.candidates.values(), key=lambda one: (-one.cumulative_logprob, one.index))
+        shown: dict[str, Any] = {"generated_text": self.full_text_prefix + best.text}
+        if self.wishes.shows_details:
+            shown["details"] = self.details(best, is_tgi, with_tokens=True)
+        if others:
+            shown["details"] = {"inputs": self.wishes.prompt, **shown["details"]}
+            shown["details"]["best_of_sequences"] = [self._other(candidate, is_tgi) for candidate in others]
+        return dumps([shown] if is_tgi else shown)
+
+    def _other(self, candidate: Candidate, is_tgi: bool) -> dict[str, Any]:
+        return {
+            "generated_text": self.full_text_prefix + candidate.text,
+            "finish_reason": _reason(candidate),
+            "generated_tokens": candidate.num_generated_tokens,
+            "tokens": [self.token(token, is_tgi) for token in candidate.tokens],
+        }
+
+
+class JsonLines(LmiFormatter):
+    """One object a token and line; the last also has the text."""
+
+    content_type: ClassVar[str] = "application/jsonlines"
+    is_tgi = False
+
+    def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
+        lines = [{"token": self.token(token, self.is_tgi)} for token in output.tokens]
+        if output.finish_reason is not None:
+            lines = lines or [{"token": NO_TOKEN}]  # ended without one more token
+            lines[-1] |= self._last(candidate)
+        return "".join(self.frame(dumps(line)) for line in lines)
+
+    def _last(self, candidate: Candidate) -> dict[str, Any]:
+        shown: dict[str, Any] = {"generated_text": self.full_text_prefix + candidate.text}
+        if self.wishes.details:
+            shown["details"] = self.details(candidate, self.is_tgi, with_tokens=False)
+        return shown
+
+    def _broken(self, told: Told) -> str:
+        text = "".join(candidate.text for candidate in self.candidates.values())
+        failed = {**NO_TOKEN, "error_msg": told.message}
+        shown = {"token": failed, "generated_text": self.full_text_prefix + text, "details": {"finish_reason": "error"}}
+        return self.frame(dumps(shown))
+
+    def frame(self, line: str) -> str:
+        return f"{line}\n"
+
+
+class Sse(JsonLines):
+    """The same lines as server-sent events."""
+
+    content_type: ClassVar[str] = "text/event-stream"
+
+    def __init__(self, wishes: Wishes) -> None:
+        super().__init__(wishes)
+        self.is_tgi = wishes.tgi_compat
+
+    def frame(self, line: str) -> str:
+        return f"data: {line}\n\n"
+
+
+class RawText(LmiFormatter):
+    """The text and nothing else."""
+
+    content_type: ClassVar[str] = "text/plain"
+
+    def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
+        return (self.full_text_prefix if is_first else "") + output.text
+
+    def _broken(self, told: Told) -> str:
+        return f"\n{told.text}"
+
+
+def _reason(candidate: Candidate) -> str:
+    reason = candidate.finish_reason or ""
+    return FINISH_REASONS.get(reason, reason)

@@ -1,0 +1,65 @@
+"""A client's sampling words to SamplingParams. Types and ranges are checked there, once; here only names and shapes change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmi_dist import SamplingParams
+from lmi_dist_handler.fields import Fields
+
+# names that all schemas share, with SamplingParams' fields
+COMMON = {
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "typical_p": "typical_p", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
+    "logit_bias": "logit_bias", "seed": "seed", "n": "n", "best_of": "best_of", "min_tokens": "min_tokens", "stop": "stop",
+    "stop_token_ids": "stop_token_ids", "include_stop_str_in_output": "include_stop_string",
+    "skip_special_tokens": "skip_special_tokens", "ignore_eos": "ignore_eos",
+}  # fmt: skip
+
+
+class Sampling:
+    """Collects SamplingParams' fields and what the client calls them."""
+
+    def __init__(self, fields: Fields, table: Mapping[str, str]) -> None:
+        self.values: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+        for name, target in table.items():
+            if name in fields:
+                self.put(target, _converted(fields, name, target), fields.name(name))
+
+    def put(self, target: str, value: object, name: str) -> None:
+        """A value under the client's name; stop strings of two names add up."""
+        earlier = self.values.get(target)
+        both_listed = isinstance(earlier, tuple) and isinstance(value, tuple)
+        self.values[target] = (*earlier, *value) if both_listed else value  # type: ignore[misc]  # both are tuples
+        self.names[target] = name
+
+    def default(self, wishes: Mapping[str, float]) -> None:
+        """The checkpoint's own wishes (generation_config.json) where the client has none."""
+        for target, value in wishes.items():
+            self.values.setdefault(target, max(0, int(value)) if target == "top_k" else value)
+
+    def params(self) -> SamplingParams:
+        """Raises RequestError that names the first of the client's fields at fault."""
+        return SamplingParams.of(self.values, self.names)
+
+
+def _converted(fields: Fields, name: str, target: str) -> object:
+    """The value in the shape that SamplingParams takes; what does not fit is left for it to refuse."""
+    value = fields.take(name)
+    if target == "stop" and isinstance(value, str):
+        return (value,)
+    if isinstance(value, list):
+        return tuple(value)
+    if target == "top_k" and value == -1:
+        return 0
+    if target == "logit_bias" and isinstance(value, dict):
+        return _bias(fields, name, value)
+    return value
+
+
+def _bias(fields: Fields, name: str, value: dict[str, Any]) -> dict[int, Any]:
+    """Token ids as integers: JSON has only strings for keys."""
+    for key in value:
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise fields.refuse(name, f"must map token ids to numbers; {key!r} is no token id")
+    return {int(key): bias for key, bias in value.items()}
