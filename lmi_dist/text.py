@@ -22,7 +22,7 @@ REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not UTF-8 (yet)
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 # Decoding from the middle agrees with decoding from the start after at most 3 bytes (UTF-8 finds back by itself) and one token (a
-# decoder may treat the first one apart). So a window of a few tokens is enough: its wrong front is the same before and after a token.
+# decoder may treat the first one apart). So a window of a few tokens is enough: its wrong front stays the same.
 WINDOW_KEEP = 6
 WINDOW_LIMIT = 24
 
@@ -30,14 +30,17 @@ ANCHOR_SEARCH = 32  # complete tokens of a prompt that are tried
 
 
 class TextDecoder:
-    """What a stream needs to know of a tokenizer, found out once and kept per id."""
+    """What a stream needs to know of a tokenizer, found out once."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         marked = sorted(added | set(tokenizer.all_special_ids))
         self.special_ids = frozenset(id for id in marked if not tokenizer.decode([id], skip_special_tokens=True))
-        self._names: dict[int, str] = {}
+        names = {id: name for name, id in tokenizer.get_vocab().items() if name}
+        self.known_ids = frozenset(names)
+        self.byte_ids = frozenset(id for id, name in names.items() if BYTE_TOKEN.fullmatch(name))
+        self.longest = max(map(len, names.values()), default=0)  # characters that one token may stand for
         self.piece = lru_cache(maxsize=65536)(self._piece)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,11 +49,11 @@ class TextDecoder:
 
     def is_silent(self, id: int, *, skip_special_tokens: bool) -> bool:
         """Whether decoding leaves the token out, as if it were not there: skipped, unknown (padding of the vocabulary) or empty."""
-        return (skip_special_tokens and id in self.special_ids) or not self._name(id)
+        return (skip_special_tokens and id in self.special_ids) or id not in self.known_ids
 
     def is_byte(self, id: int) -> bool:
         """Whether it is one byte of byte fallback. A run of them is decoded as a whole: one wrong byte changes the text of all."""
-        return BYTE_TOKEN.fullmatch(self._name(id)) is not None
+        return id in self.byte_ids
 
     def anchor(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The prompt's last token that is complete text by itself, or none."""
@@ -63,12 +66,6 @@ class TextDecoder:
     def _piece(self, id: int) -> str:
         """The text of one token anywhere but at the start: what a second one adds to a first."""
         return self.decode([id, id])[len(self.decode([id])) :]
-
-    def _name(self, id: int) -> str:
-        name = self._names.get(id)
-        if name is None:
-            name = self._names[id] = str(self.tokenizer.convert_ids_to_tokens([id])[0] or "")
-        return name
 
 
 class StopStrings:

@@ -1,0 +1,248 @@
+"""The engine: requests in, outputs out, one forward a step. Joins scheduler, runner, sampler and text; decides nothing itself.
+
+Not thread-safe: one thread calls everything, and it is the caller's business which.
+"""
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from math import inf
+
+from torch import Tensor
+
+from lmi_dist.admission import Admission
+from lmi_dist.answers import Candidate, Job
+from lmi_dist.config import BLOCK_SIZE, EngineConfig
+from lmi_dist.errors import OverloadedError, RequestError, StepError
+from lmi_dist.plan import Chunk, Plan
+from lmi_dist.request import FinishReason, Output, Request
+from lmi_dist.runner import Runner
+from lmi_dist.sampler import Choice, Row, Sampler
+from lmi_dist.scheduler import Scheduler, Sequence, wants_token
+from lmi_dist.setup import explain, load_tokenizer
+from lmi_dist.text import TextDecoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges of now, and counters since the start (num_x of things, seconds of time)."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int  # that a new sequence may take, cached ones among them
+    num_steps: int
+    num_failed_steps: int
+    step_seconds: float
+    num_prompt_tokens: int  # of admitted requests
+    num_generated_tokens: int
+    num_preemptions: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+
+
+class Engine:
+    """Answers many requests at once. `add` them, then `step` while `has_work`; each step's outputs say what is new.
+
+    Raises on construction what `explain` raises, and CheckpointError if tokenizer or weights cannot be read.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        setup = explain(config)
+        for line in setup.lines:
+            logger.info("%s", line)
+        self.config, self.model, self.memory = setup.config, setup.model, setup.memory
+        self.max_model_len = setup.memory.max_model_len
+        self.tokenizer = load_tokenizer(config, setup.model.folder)
+        self._text = TextDecoder(self.tokenizer)
+        self._admission = Admission(self.config, self.model, self.max_model_len, self._text)
+        eos = self.tokenizer.eos_token_id
+        self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
+        self._runner = Runner(self.config, self.model, self.memory)
+        self._sampler = Sampler()
+        self._scheduler = _scheduler(self.config, self.memory.num_blocks)
+        self._jobs: dict[str, Job] = {}
+        self._candidates: dict[int, Candidate] = {}  # by sequence
+        self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = self._num_failed_steps = 0
+        self._step_seconds = 0.0
+
+    # ---- the four verbs ----
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it breaks a rule, OverloadedError if too many wait; then nothing has changed."""
+        if request.id in self._jobs:
+            raise RequestError(f"id={request.id!r} is the id of a request that is still being answered; choose another", "id")
+        prompt_ids = self._admission.admit(request)
+        if self._scheduler.num_waiting >= self.config.max_queue_size:
+            raise OverloadedError(
+                f"{self._scheduler.num_waiting} requests wait and max_queue_size={self.config.max_queue_size}; try later"
+            )
+        seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
+        job = Job(request, prompt_ids, seed, self._eos_ids, self._text, self._num_sequences)
+        self._num_sequences += len(job.candidates)
+        self._num_prompt_tokens += len(prompt_ids)
+        self._jobs[request.id] = job
+        for candidate in job.candidates:
+            self._start(candidate)
+
+    def step(self) -> list[Output]:
+        """One forward of what is due. A failed one ends the requests that were in it with StepError; the others go on."""
+        started = time.perf_counter()
+        plan = self._scheduler.plan()
+        if plan.is_empty:
+            return []
+        outputs: list[Output] = []
+        try:
+            logits = self._runner.forward(plan)
+            outputs += self._end_broken(plan, logits)
+            choices = self._choose(plan, logits)
+        except Exception as error:
+            return outputs + self._fail(plan, error)
+        finished = self._scheduler.commit(plan, {candidate.sequence_id: (choice.id,) for candidate, choice in choices})
+        ended = {end.sequence_id: end for end in finished}
+        for candidate, choice in choices:
+            outputs += self._send(candidate, candidate.take(choice, ended.get(candidate.sequence_id)))
+        self._num_generated_tokens += len(choices)
+        self._step_seconds += time.perf_counter() - started
+        return outputs
+
+    def abort(self, request_id: str) -> list[Output]:
+        """End a request now and give its blocks back. Returns its last outputs, or nothing if it is not (or no more) known."""
+        job = self._jobs.get(request_id)
+        return [] if job is None else self._end(job, "abort")
+
+    def reset(self) -> list[Output]:
+        """Abort everything and forget all cached prefixes. Returns the last outputs of what was aborted."""
+        outputs = [output for job in list(self._jobs.values()) for output in self._end(job, "abort")]
+        self._scheduler.reset()
+        return outputs
+
+    # ---- around them ----
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_available,
+            num_steps=scheduler.num_steps,
+            num_failed_steps=self._num_failed_steps,
+            step_seconds=self._step_seconds,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=scheduler.preemptions,
+            num_prefix_query_tokens=scheduler.prefix_query_tokens,
+            num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
+        )
+
+    def close(self) -> None:
+        """Drop all requests, the weights and the KV pool. Nothing may be called after it."""
+        self.reset()
+        del self._runner
+
+    # ---- their parts ----
+
+    def _start(self, candidate: Candidate) -> None:
+        """Queue a candidate; those behind the first share its prompt's blocks. The memory plan has room for a sequence of
+        max_model_len, so that each fits the pool alone."""
+        job = candidate.job
+        room = self.max_model_len - len(job.prompt_ids)
+        self._candidates[candidate.sequence_id] = candidate
+        self._scheduler.add(
+            Sequence(
+                id=candidate.sequence_id,
+                token_ids=list(job.prompt_ids),
+                prompt_length=len(job.prompt_ids),
+                max_tokens=min(job.params.max_tokens or room, room),
+                stop_ids=job.stop_ids,
+                min_tokens=job.params.min_tokens,
+                salt=self._salt(job),
+                wants_prompt_logits=candidate.index == 0 and job.params.prompt_logprobs is not None,
+                leader=job.candidates[0].sequence_id if candidate.index else None,
+            )
+        )
+
+    def _salt(self, job: Job) -> str:
+        """Prompts share cached keys only if client, adapter and the rotary scaling's regime are the same."""
+        return "\0".join((job.request.cache_salt, job.request.adapter, self._runner.cache_regime(len(job.prompt_ids))))
+
+    def _end_broken(self, plan: Plan, logits: Tensor) -> list[Output]:
+        """A request whose logits leave nothing to choose (NaN, all minus infinity) ends alone; or a kernel refuses the batch."""
+        is_good = (logits.amax(dim=1) > -inf).tolist() if len(logits) else []
+        if all(is_good):
+            return []
+        owners = [self._candidates[chunk.sequence].job for chunk in plan.rows for _ in range(chunk.num_outputs)]
+        jobs = dict.fromkeys(job for job, good in zip(owners, is_good, strict=True) if not good)
+        error = StepError(f"step {plan.step} failed for this request: the model's logits are not numbers")
+        return [output for job in jobs for output in self._end(job, "error", error)]
+
+    def _choose(self, plan: Plan, logits: Tensor) -> list[tuple[Candidate, Choice]]:
+        """The next token of each sequence whose chunk wants one; prompt log probabilities go to their jobs. logits: fp32 [R,V]"""
+        candidates, rows, indices = [], [], []
+        end = 0
+        for chunk in plan.rows:
+            start, end = end, end + chunk.num_outputs
+            candidate = self._candidates.get(chunk.sequence)
+            if candidate is None:  # its logits were broken
+                continue
+            self._score_prompt(candidate.job, chunk, logits[start:end])
+            if wants_token(chunk):
+                candidates.append(candidate)
+                rows.append(Row(candidate.draws, chunk.start + len(chunk.token_ids)))
+                indices.append(end - 1)
+        wanted = logits if len(indices) == len(logits) else logits[indices]
+        return list(zip(candidates, self._sampler.sample(wanted, rows), strict=True))
+
+    def _score_prompt(self, job: Job, chunk: Chunk, logits: Tensor) -> None:
+        """The chunk's rows tell about the tokens behind theirs; score those that are in the prompt. logits: [num_outputs,V]"""
+        if job.params.prompt_logprobs is None or not chunk.num_outputs:
+            return
+        first = chunk.start + len(chunk.token_ids) - chunk.num_outputs + 1
+        ids = job.prompt_ids[first : first + chunk.num_outputs]
+        if ids:
+            job.prompt_choices += self._sampler.score(logits[: len(ids)], ids, [job.params.prompt_logprobs] * len(ids))
+
+    def _send(self, candidate: Candidate, output: Output) -> list[Output]:
+        """What of an output may be sent now. If it is the candidate's last, its blocks are given back and it is forgotten."""
+        job = candidate.job
+        if output.finish_reason is not None:
+            self._scheduler.finish(candidate.sequence_id)
+            del self._candidates[candidate.sequence_id]
+            if job.is_finished:
+                del self._jobs[job.request.id]
+        return job.release(output)
+
+    def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> list[Output]:
+        running = [candidate for candidate in job.candidates if not candidate.is_finished]
+        return [output for candidate in running for output in self._send(candidate, candidate.end(reason, error))]
+
+    def _fail(self, plan: Plan, cause: Exception) -> list[Output]:
+        """Undo the plan and end every request that had a part in it."""
+        logger.error("step %d failed; its requests end, the others go on", plan.step, exc_info=cause)
+        self._scheduler.drop(plan)
+        self._num_failed_steps += 1
+        error = StepError(f"step {plan.step} failed: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
+        jobs = dict.fromkeys(self._candidates[chunk.sequence].job for chunk in plan.rows if chunk.sequence in self._candidates)
+        return [output for job in jobs for output in self._end(job, "error", error)]
+
+
+def _scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+    assert config.prefill_chunk_tokens is not None, "explain has chosen it"
+    return Scheduler(
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_batch_size=config.max_batch_size,
+        max_prefill_tokens=config.max_prefill_tokens,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        chunked_prefill=config.enable_chunked_prefill,
+    )

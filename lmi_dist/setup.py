@@ -1,0 +1,96 @@
+"""What a configuration comes to on this machine, worked out before any weight is read. The engine and `explain` share it, so that
+with the same free memory the one does what the other says.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmi_dist import ops
+from lmi_dist.config import EngineConfig, ModelConfig
+from lmi_dist.errors import CheckpointError
+from lmi_dist.kv_cache import MemoryPlan, available_memory, plan_memory
+from lmi_dist.models import read_config
+from lmi_dist.weights import Checkpoint, fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_PREFILL_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """`config` with every choice made, the model's facts, the memory plan with its arithmetic, and the kernels."""
+
+    config: EngineConfig
+    model: ModelConfig
+    memory: MemoryPlan
+    kernels: str
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The same for people, the options left out."""
+        model = self.model
+        return (
+            f"model {model.architecture} in {model.folder}: {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key heads, vocabulary {model.vocab_size}, "
+            f"{model.max_position} positions, checkpoint in {model.dtype}",
+            *self.memory.arithmetic,
+            f"kernels {self.kernels}",
+        )
+
+
+def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Explanation:
+    """What an engine of this configuration would do, given so much free memory (unset: what is free now). Reads config.json and
+    the headers of the weights, loads none. Raises ConfigError, CheckpointError or MemoryPlanError, as the engine would."""
+    folder = fetch(config.model, config.revision)
+    model = read_config(folder)
+    threads = config.cpu_threads or usable_cpus()
+    kernels = ops.select(config.kernels, threads)
+    memory = plan_memory(config, model, Checkpoint(folder), available_memory() if available_bytes is None else available_bytes)
+    choices = {
+        "dtype": memory.dtype,
+        "device": "cpu",
+        "kernels": "torch" if kernels.startswith("torch") else "cpu",
+        "cpu_threads": threads,
+        "max_model_len": memory.max_model_len,
+        "prefill_chunk_tokens": config.prefill_chunk_tokens or CPU_PREFILL_CHUNK_TOKENS,
+        "kv_cache_memory_bytes": memory.num_blocks * memory.block_bytes,
+    }
+    return Explanation(config=config.model_copy(update=choices), model=model, memory=memory, kernels=kernels)
+
+
+def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer or the one that `tokenizer` names. Raises CheckpointError if there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    place = folder if config.tokenizer is None else fetch(config.tokenizer, None)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise what they like, bare Exception among it
+        raise CheckpointError(
+            f"tokenizer={place} cannot be loaded: {error}; the folder must hold tokenizer.json or what its tokenizer class reads"
+        ) from error
+    return tokenizer
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may run on, or fewer if a container's quota gives less time than they have."""
+    allowed = len(os.sched_getaffinity(0))
+    quota, period = _cpu_quota(cgroup)
+    return min(allowed, -(-quota // period)) if quota > 0 else allowed
+
+
+def _cpu_quota(cgroup: Path) -> tuple[int, int]:
+    """Microseconds of CPU time in a period of so many; quota 0: no limit. Version 2's file, else version 1's two."""
+    if (cgroup / "cpu.max").exists():
+        words = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
+    elif (cgroup / "cpu/cpu.cfs_quota_us").exists():
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = [(cgroup / "cpu" / name).read_text(encoding="utf-8").strip() for name in names]
+    else:
+        words = ["max", "1"]
+    quota, period = words
+    return (int(quota) if quota.isdecimal() else 0), int(period)
