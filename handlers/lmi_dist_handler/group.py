@@ -102,7 +102,7 @@ class Stream:
 class Group:
     """The worker's process group and connection. `died` is done, with the reason, once it is of no use any more."""
 
-    def __init__(self, name: str, model_dir: Path, entry_point: str) -> None:
+    def __init__(self, name: str, model_dir: Path | None, entry_point: str) -> None:
         self._name = name
         self._model_dir = model_dir
         self._entry_point = entry_point
@@ -136,9 +136,10 @@ class Group:
         self._task(self._receive(reader))
 
     async def _spawn(self, path: Path) -> None:
+        model_dir = str(self._model_dir or self._folder)
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "lmi_dist_handler.worker", "--sock-type", "unix", "--sock-name", str(path)),
-            *("--model-dir", str(self._model_dir), "--entry-point", self._entry_point, "--device-id", "-1", "--async-mode"),
+            *("--model-dir", model_dir, "--entry-point", self._entry_point, "--device-id", "-1", "--async-mode"),
             cwd=self._folder,  # -m imports from it first; the worker itself goes to the model's folder later
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -152,11 +153,9 @@ class Group:
         self._task(self._wait_for_exit(self._process))
 
     async def _until_started(self) -> None:
-        started = asyncio.ensure_future(self._started.wait())
-        try:
-            await asyncio.wait({started, self.died}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            started.cancel()
+        self.died.add_done_callback(lambda _: self._started.set())
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._started.wait(), START_TIMEOUT_S)
         if self.died.done():
             raise WorkerLostError(self.died.result())
         if not self._started.is_set():

@@ -51,7 +51,7 @@ class Host:
     def __init__(
         self,
         name: str,
-        model_dir: Path,
+        model_dir: Path | None,
         properties: Mapping[str, str],
         *,
         limits: Limits | None = None,

@@ -1,0 +1,122 @@
+"""What every answer has in common, whatever its route: headers, key, access log, counts, and errors in the route's dialect."""
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmi_dist import LmiError, OverloadedError
+from lmi_dist_handler.formatter import Dialect, explained
+from lmi_dist_handler.metrics import Metrics
+
+logger = logging.getLogger("lmi_dist_handler.access")
+
+RETRY_AFTER_S = 2
+NO_CACHE = {
+    "pragma": "no-cache",
+    "cache-control": "no-cache; no-store, must-revalidate, private",
+    "expires": "Thu, 01 Jan 1970 00:00:00 UTC",
+}
+ROUTES = ("/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")
+
+
+class HttpError(LmiError):
+    """The request cannot be handed to a model, or a worker said no without a text for this dialect."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ClientGoneError(LmiError):
+    """The client has closed its connection."""
+
+    code = 499
+
+
+def refusal(scope: Scope, error: Exception) -> Response:
+    """The answer to a request that no model has answered."""
+    dialect: Dialect = "openai" if scope["path"].startswith("/v1/") else "lmi"
+    told = explained(dialect, error)
+    code = 429 if dialect == "openai" and isinstance(error, OverloadedError) else told.code
+    headers = {"retry-after": str(RETRY_AFTER_S)} if code in (429, 503) else None
+    return Response(told.text, code, headers, "application/json")
+
+
+def json_response(value: Any, code: int = 200) -> Response:
+    """JSON as DJL's host writes it; a 503 says when to come again."""
+    headers = {"retry-after": str(RETRY_AFTER_S)} if code == 503 else None
+    return Response(json.dumps(value, indent=2, ensure_ascii=False) + "\n", code, headers, "application/json")
+
+
+class Front:
+    """ASGI middleware around the routes."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _Exchange(scope, send, self._metrics).run(self._guarded(scope), receive)
+        else:
+            await self._app(scope, receive, send)
+
+    def _guarded(self, scope: Scope) -> ASGIApp:
+        """The routes, or the answer to a request without the key."""
+        if self._api_key is None or scope["path"] == "/ping":
+            return self._app
+        given = Headers(scope=scope).get("authorization", "")
+        if hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
+            return self._app
+        return refusal(scope, HttpError(401, "the Authorization header must be `Bearer <key>` with the key of this server"))
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
+        self._scope = scope
+        self._send = send
+        self._metrics = metrics
+        self._code = 500
+        self._num_bytes = 0
+        given = Headers(scope=scope).get("x-request-id", "")
+        self._id = given if SAFE_ID.fullmatch(given) else str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = self._id
+
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
+        started = time.perf_counter()
+        try:
+            await app(self._scope, receive, self.send)
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.answered(_label(self._scope["path"]), self._code, seconds)
+            client = self._scope.get("client") or ("-", 0)
+            line = '%s "%s %s" %d %d bytes %.3f s %s'
+            logger.info(line, client[0], self._scope["method"], self._scope["path"], self._code, self._num_bytes, seconds, self._id)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._code = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers.update({**NO_CACHE, "x-request-id": self._id, "connection": "close" if self._code >= 400 else "keep-alive"})
+        else:
+            self._num_bytes += len(message.get("body", b""))
+        await self._send(message)
+
+
+def _label(path: str) -> str:
+    """The route without names in it: a label with endless values would fill the memory."""
+    if path.startswith("/models/") and path.endswith("/invoke"):
+        return "/models/invoke"
+    return next((route for route in ROUTES if path == route or path.startswith(f"{route}/")), "other")

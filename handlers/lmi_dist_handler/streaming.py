@@ -1,0 +1,323 @@
+"""Async mode: one call, one request. The engine runs in a thread of its own; each request is an async generator of reply frames.
+
+Bodies above PARSE_INLINE_BYTES are parsed in an executor; tokenization is the engine's (`Engine.add`) and happens in the engine's
+thread between two steps, for at most ADMIT_TIME_S at a time while others are decoding.
+"""
+
+import asyncio
+import bisect
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmi_dist import LmiError, OverloadedError, StepError
+from lmi_dist_handler import requests, responses
+from lmi_dist_handler.properties import HandlerConfig
+from lmi_dist_handler.wire import Input, Output
+
+if TYPE_CHECKING:
+    from lmi_dist import Engine, Request
+    from lmi_dist import Output as EngineOutput
+
+logger = logging.getLogger(__name__)
+
+PARSE_INLINE_BYTES = 32 * 1024
+ADMIT_TIME_S = 0.05
+MAX_PIECE = 4 * 1024 * 1024  # characters of one frame: at most 16 MiB of UTF-8, below DJL's 20 MiB for a content value
+FIRST_TOKEN_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class AbortedError(LmiError):
+    """The client has gone, or asked to stop."""
+
+    code = 499
+
+
+Sink = Callable[[Any], None]  # takes an engine output, or the exception that ended the request
+
+
+class EngineThread:
+    """Owns the engine: builds it, steps it while there is work, sleeps otherwise. Its methods are for the loop's thread."""
+
+    def __init__(self, build: Callable[[], "Engine"]) -> None:
+        self._build = build
+        self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}  # by request id; touched only by the engine's thread
+        self._busy_since: float | None = None
+        self._counters: dict[str, Any] = {}
+        self._failure: Exception | None = None
+
+    async def start(self) -> "Engine":
+        """Build the engine in its thread. Raises what building it raises."""
+        self._loop = asyncio.get_running_loop()
+        built: asyncio.Future[Engine] = self._loop.create_future()
+        threading.Thread(target=self._run, args=(built,), name="engine", daemon=True).start()
+        return await built
+
+    def submit(self, request: "Request", sink: Sink) -> None:
+        """Add a request; `sink` is called in the loop's thread with each output, or once with an exception."""
+        if self._failure is not None:
+            raise StepError(f"the engine has ended: {self._failure}")
+        self._commands.put(lambda engine: self._add(engine, request, sink))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Free what these requests hold before the next step; an id that has ended is a no-op."""
+        ids = tuple(request_ids)
+        self._commands.put(lambda engine: self._drop(engine, ids))
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters as of its last step, and for how long it has been busy with the current one."""
+        if self._failure is not None:
+            raise StepError(f"the engine has ended: {self._failure}")
+        since = self._busy_since
+        return {**self._counters, "busy_s": 0.0 if since is None else time.monotonic() - since}
+
+    def _run(self, built: "asyncio.Future[Engine]") -> None:
+        try:
+            engine = self._build()
+        except Exception as error:  # handed to whoever waits for `start`
+            self._loop.call_soon_threadsafe(built.set_exception, error)
+            return
+        self._counters = asdict(engine.stats())
+        self._loop.call_soon_threadsafe(built.set_result, engine)
+        try:
+            while True:
+                self._take(engine)
+                self._step(engine)
+                self._counters = asdict(engine.stats())
+                self._busy_since = None
+        except Exception as error:  # the engine could not go on: nobody may be left waiting
+            logger.exception("the engine has ended")
+            self._failure = error
+            self._deliver([(sink, error) for sink in self._sinks.values()])
+
+    def _take(self, engine: "Engine") -> None:
+        """Run the commands that wait. Sleeps for one when the engine has nothing to do."""
+        if not engine.has_work:
+            command = self._commands.get()
+            self._busy_since = time.monotonic()
+            command(engine)
+        self._busy_since = time.monotonic()
+        while not self._commands.empty() and time.monotonic() - self._busy_since < ADMIT_TIME_S:
+            self._commands.get()(engine)
+
+    def _step(self, engine: "Engine") -> None:
+        if not engine.has_work:
+            return
+        try:
+            outputs = engine.step()
+        except (
+            Exception
+        ) as error:  # step() answers for failed forwards itself; what it raises fails all, and the engine starts anew
+            logger.exception("a step failed")
+            engine.reset()
+            self._deliver([(sink, error) for sink in self._sinks.values()])
+            self._sinks.clear()
+            return
+        self._deliver([(self._sinks[output.request_id], output) for output in outputs if output.request_id in self._sinks])
+
+    def _add(self, engine: "Engine", request: "Request", sink: Sink) -> None:
+        self._sinks[request.id] = sink
+        try:
+            engine.add(request)
+        except Exception as error:  # this request alone ends, with what it did wrong
+            del self._sinks[request.id]
+            if not isinstance(error, LmiError):
+                logger.exception("request %s could not be added", request.id)
+            self._deliver([(sink, error)])
+
+    def _drop(self, engine: "Engine", request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            if self._sinks.pop(request_id, None) is not None:
+                engine.abort(request_id)
+
+    def _deliver(self, items: list[tuple[Sink, Any]]) -> None:
+        """Hand a step's outputs over in one call: waking the loop costs a system call."""
+        if items:
+            self._loop.call_soon_threadsafe(_pour, items)
+
+
+def _pour(items: list[tuple[Sink, Any]]) -> None:
+    for sink, item in items:
+        sink(item)
+
+
+class Histogram:
+    """Counts of observations by upper bound, as Prometheus has them."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"bounds": list(self._bounds), "counts": list(self._counts), "sum": self._sum}
+
+
+class Feed:
+    """What the engine has said about one stream's requests and nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.has_begun = False  # a token has come
+        self._items: list[EngineOutput | Exception] = []
+        self._filled = asyncio.Event()
+
+    def put(self, item: "EngineOutput | Exception") -> None:
+        self._items.append(item)
+        self._filled.set()
+
+    async def take(self) -> "list[EngineOutput | Exception]":
+        """All that waits, at least one item: a slow reader catches up in one go."""
+        await self._filled.wait()
+        self._filled.clear()
+        items, self._items = self._items, []
+        return items
+
+
+class ReplyType(Protocol):
+    """The host's Output class: ours, or djl_python's."""
+
+    def __call__(self) -> Output: ...
+
+    def binary_encode(self, values: dict[str, Any], /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One piece of an answer. With a code it is the last, and `text` is the error as this client's dialect writes it."""
+
+    text: str
+    content_type: str
+    is_last: bool = False
+    code: int | None = None
+    error: str = ""
+
+    def encode(self, reply: ReplyType) -> Output:
+        values: dict[str, Any] = {"data": self.text, "last": self.is_last}
+        if self.code is not None:
+            values |= {"code": self.code, "error": self.error}
+        output = reply()
+        output.add_property("Content-Type", self.content_type)
+        output.add(reply.binary_encode(values))
+        return output
+
+
+class Streams:
+    """The requests that are being answered. All methods belong to the loop's thread."""
+
+    def __init__(self, thread: EngineThread, engine: "Engine", config: HandlerConfig) -> None:
+        self._thread = thread
+        self._engine = engine
+        self._config = config
+        self._feeds: dict[str, Feed] = {}  # by tracking id
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+        self._first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
+
+    async def answer(self, inputs: Input, reply: ReplyType) -> AsyncIterator[Output]:
+        """Frames that answer one request: text as it comes, or one frame with a code. Aborts the request when closed early."""
+        tracking_id = str(inputs.get_property("request_tracking_id") or uuid.uuid4())
+        feed = self._feeds[tracking_id] = Feed()
+        self._idle.clear()
+        try:
+            async for frame in self._frames(inputs, feed):
+                yield frame.encode(reply)
+        finally:
+            del self._feeds[tracking_id]
+            if not self._feeds:
+                self._idle.set()
+
+    def abort(self, tracking_id: str) -> bool:
+        """End a request that runs; False when there is none of this id."""
+        feed = self._feeds.get(tracking_id)
+        if feed is not None:
+            feed.put(AbortedError("the request was aborted"))
+        return feed is not None
+
+    def stats(self) -> dict[str, Any]:
+        return {**self._thread.stats(), "num_streams": len(self._feeds), "first_token_s": self._first_token.as_dict()}
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait until the running ones have ended."""
+        self._is_draining = True
+        await self._idle.wait()
+
+    async def _frames(self, inputs: Input, feed: Feed) -> AsyncIterator[Frame]:
+        try:
+            parsed = await self._parse(inputs)
+        except Exception as error:  # told to this client alone
+            yield _failed(responses.refusal(inputs.get_properties(), _told(error)), "application/json")
+            return
+        try:
+            for request in parsed.requests:
+                self._thread.submit(request, feed.put)
+            async for frame in self._texts(parsed.formatter, feed):
+                yield frame
+        finally:
+            self._thread.abort(request.id for request in parsed.requests)  # those that have ended are no-ops
+
+    async def _parse(self, inputs: Input) -> requests.Parsed:
+        if self._is_draining:
+            raise OverloadedError("the model is being stopped; try again later")
+        body = inputs.get_as_bytes() or b""
+        if len(body) <= PARSE_INLINE_BYTES:
+            return requests.parse(body, inputs.get_properties(), self._engine, self._config)
+        return await asyncio.to_thread(requests.parse, body, inputs.get_properties(), self._engine, self._config)
+
+    async def _texts(self, formatter: responses.Formatter, feed: Feed) -> AsyncIterator[Frame]:
+        """Frames of what each round of outputs adds, until all candidates have ended or one item is an error."""
+        has_spoken = False
+        while not formatter.is_done:
+            text = ""
+            for item in await feed.take():
+                try:
+                    text += formatter.push(self._checked(item, feed))
+                except Exception as error:  # told to this client alone
+                    for piece in _pieces(text):
+                        yield Frame(piece, formatter.content_type)
+                    has_spoken = has_spoken or bool(text)
+                    yield _failed(formatter.error(_told(error)), formatter.content_type if has_spoken else "application/json")
+                    return
+            has_spoken = has_spoken or bool(text)
+            *pieces, last = _pieces(text) or [""]
+            for piece in pieces:
+                yield Frame(piece, formatter.content_type)
+            if last or formatter.is_done:
+                yield Frame(last, formatter.content_type, formatter.is_done)
+
+    def _checked(self, item: "EngineOutput | Exception", feed: Feed) -> "EngineOutput":
+        """The output, or raise what ended the request."""
+        if isinstance(item, Exception):
+            raise item
+        if item.error is not None:
+            raise item.error
+        if item.tokens and not feed.has_begun:
+            feed.has_begun = True
+            self._first_token.observe(time.monotonic() - feed.started)
+        return item
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + MAX_PIECE] for start in range(0, len(text), MAX_PIECE)]
+
+
+def _failed(told: responses.Told, content_type: str) -> Frame:
+    return Frame(told.text, content_type, is_last=True, code=told.code, error=told.message)
+
+
+def _told(error: Exception) -> Exception:
+    """The error itself; one that we did not raise on purpose is logged with its traceback."""
+    if not isinstance(error, LmiError):
+        logger.error("a request failed", exc_info=error)
+    return error
