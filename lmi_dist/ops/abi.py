@@ -6,7 +6,8 @@ names; a status other than LMI_OK becomes a KernelError with the library's sente
 
 import ctypes
 import re
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lmi_dist.errors import KernelError
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
           torch.uint8: "U8", torch.uint64: "U64"}  # fmt: skip
 MAX_DIMS = 4
+# lmi_tensor with so many dimensions: data, size[4], stride[4], dims, dtype
+_TENSORS = {n: struct.Struct(f"P{n}q{8 * (MAX_DIMS - n)}x{n}q{8 * (MAX_DIMS - n)}x2i") for n in range(1, MAX_DIMS + 1)}
 
 _SCALARS: dict[str, Any] = {
     "int32_t": ctypes.c_int32,
@@ -99,55 +102,54 @@ def _type_of(kind: str, types: Mapping[str, Any]) -> Any:
     raise KernelError(f"lmi_kernels.h has a type that is not known here: {kind}")
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A function that takes one argument struct, and where each field of that lies: its offset, and how a number is written there
+    (None: a tensor). Fields of nested structs are flat."""
+
+    function: Callable[..., int]
+    args_type: type[ctypes.Structure]
+    places: Mapping[str, tuple[int, struct.Struct | None]]
+
+
 class Library:
     """One opened column. Its functions may be called from any thread; the GIL is not held meanwhile."""
 
     def __init__(self, path: Path) -> None:
         """Raises KernelError when the library cannot be opened, lacks a function of its header or is of another version."""
-        self.path = path
-        self.header = Header.read(path.with_name("lmi_kernels.h"))
+        self.path = path.resolve()
+        self.header = Header.read(self.path.with_name("lmi_kernels.h"))
         try:
-            self._library = ctypes.CDLL(str(path))
-            self._functions = {name: self._bind(name, *kinds) for name, kinds in self.header.functions.items()}
+            library = ctypes.CDLL(str(self.path))
+            self._functions = {name: _bind(library, name, *kinds) for name, kinds in self.header.functions.items()}
         except (OSError, AttributeError) as error:
             raise KernelError(f"{path} cannot be opened: {error}; build it again") from None
-        self._dtypes = {dtype: self.header.constants[f"LMI_{name}"] for dtype, name in DTYPES.items()}
-        self._tensor_type = self.header.structs["lmi_tensor"]
-        self._operations = {name: self._operation(name) for name in self._functions if f"{name}_args" in self.header.structs}
         if self.function("abi_version")() != self.header.version:
-            raise KernelError(f"{path} has another version than {path.with_name('lmi_kernels.h')}; build it again")
+            raise KernelError(f"{path} is of another version than the header beside it; build it again")
+        self._dtypes = {dtype: self.constant(name) for dtype, name in DTYPES.items()}
+        self._operations = {name: self._operation(name) for name in self._functions if f"{name}_args" in self.header.structs}
 
     def function(self, name: str) -> Callable[..., Any]:
         """A function of the header as it stands, without the prefix lmi_."""
         return self._functions[f"lmi_{name}"]
 
     def call(self, name: str, **fields: torch.Tensor | float | None) -> None:
-        """Runs the operation lmi_<name>. fields: those of its argument struct (tensors and numbers; those left out and None: absent
-        or 0; nested structs are flat). Raises KernelError with the library's sentence."""
-        function, args_type, places = self._operations[f"lmi_{name}"]
-        args = args_type()
+        """Runs the operation lmi_<name>. fields: those of its argument struct, tensors and numbers; what is None or left out is
+        absent or 0. Raises KernelError with the library's sentence."""
+        operation = self._operations[f"lmi_{name}"]
+        args = operation.args_type()
         for field, value in fields.items():
-            if value is None:
-                continue
-            place = places[field]
-            setattr(
-                args if place is None else getattr(args, place),
-                field,
-                self.tensor(value) if isinstance(value, torch.Tensor) else value,
-            )
-        self.check(function(args, None))
+            offset, number = operation.places[field]
+            if isinstance(value, torch.Tensor):
+                self._write_tensor(args, offset, field, value)
+            elif value is not None and number is not None:
+                number.pack_into(args, offset, value)
+        self.check(operation.function(args, None))
 
     def check(self, status: int) -> None:
         """Raises KernelError unless status is LMI_OK."""
         if status:
             raise KernelError(self.function("error_message")().decode())
-
-    def tensor(self, value: torch.Tensor) -> ctypes.Structure:
-        """lmi_tensor that looks at value's memory; value must outlive its use."""
-        size = value.shape
-        if value.device.type != "cpu" or value.dtype not in self._dtypes or len(size) > MAX_DIMS:
-            raise KernelError(f"a tensor {list(size)} of {value.dtype} on {value.device} is not one that this column can take")
-        return self._tensor_type(value.data_ptr(), tuple(size), value.stride(), len(size), self._dtypes[value.dtype])
 
     def constant(self, name: str) -> int:
         """An enumerator of the header, without the prefix LMI_."""
@@ -163,21 +165,32 @@ class Library:
     def set_level(self, level: str) -> None:
         self.check(self.function("set_level")(level.encode()))
 
-    def _bind(self, name: str, result: Any, parameters: list[Any]) -> Callable[..., Any]:
-        function = getattr(self._library, name)
-        function.restype, function.argtypes = result, parameters
-        return function  # type: ignore[no-any-return]  # ctypes calls it Any
+    def _write_tensor(self, args: ctypes.Structure, offset: int, name: str, value: torch.Tensor) -> None:
+        """lmi_tensor that looks at value's memory. A struct.pack costs half of what a ctypes constructor does."""
+        size, dtype = value.shape, self._dtypes.get(value.dtype)
+        if not value.is_cpu or dtype is None or not 0 < len(size) <= MAX_DIMS:
+            raise KernelError(f"{name} is a tensor {list(size)} of {value.dtype} on {value.device}, which this column cannot take")
+        _TENSORS[len(size)].pack_into(args, offset, value.data_ptr(), *size, *value.stride(), len(size), dtype)
 
-    def _operation(self, name: str) -> tuple[Callable[..., Any], type[ctypes.Structure], dict[str, str | None]]:
-        """The function, its struct, and for each field the nested struct it stands in."""
+    def _operation(self, name: str) -> Operation:
         args_type = self.header.structs[f"{name}_args"]
-        places: dict[str, str | None] = {}
-        for field, kind in args_type._fields_:  # type: ignore[misc]  # never a bit field
-            if isinstance(kind, type) and issubclass(kind, ctypes.Structure) and kind is not self._tensor_type:
-                places |= {inner: field for inner, _ in kind._fields_}  # type: ignore[misc]
+        return Operation(self._functions[name], args_type, dict(self._places(args_type, 0)))
+
+    def _places(self, kind: Any, start: int) -> Iterator[tuple[str, tuple[int, struct.Struct | None]]]:
+        for field, inner in kind._fields_:
+            offset = start + getattr(kind, field).offset
+            if inner is self.header.structs["lmi_tensor"]:
+                yield field, (offset, None)
+            elif issubclass(inner, ctypes.Structure):
+                yield from self._places(inner, offset)
             else:
-                places[field] = None
-        return self._functions[name], args_type, places
+                yield field, (offset, struct.Struct(inner._type_))
+
+
+def _bind(library: ctypes.CDLL, name: str, result: Any, parameters: list[Any]) -> Callable[..., Any]:
+    function = getattr(library, name)
+    function.restype, function.argtypes = result, parameters
+    return function  # type: ignore[no-any-return]  # ctypes calls it Any
 
 
 def find_library(folders: list[str], name: str = "liblmi_cpu.so") -> Path | None:

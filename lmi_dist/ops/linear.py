@@ -70,7 +70,7 @@ class PackedWeight:
         self.shape = shape
         self.library = library
         self.data = data
-        self.fields = {} if library is None else shape.fields(library) | {"packed": library.tensor(data)}
+        self.fields = {} if library is None else shape.fields(library) | {"packed": data}
 
     @property
     def size_bytes(self) -> int:

@@ -21,9 +21,9 @@ def rotary(
 ) -> None:
     """Rotate the heads of q and k in place by row rows[t] of cos and sin, and write k and v to slots[t] of the caches.
 
-    q: [T,H,D], k, v: [T,K,D], views of a fused qkv or not; cos, sin: fp32 [R,half], which rotate the first 2*half entries of a head,
-    pairs (i, i+half), or (2i, 2i+1) if interleaved (Su et al. 2021); caches [N,K,P,D]; rows, slots: int32 [T], a negative slot
-    writes nothing. q None: only the write. k, v None: only q. cos, sin None: no rotation.
+    q: [T,H,D], k, v: [T,K,D], views of a fused qkv or not; cos, sin: fp32 [R,half], which rotate the first 2*half of a head,
+    pairs (i, i+half), or (2i, 2i+1) if interleaved; caches [N,K,P,D]; rows, slots: int32 [T], a negative slot writes nothing
+    (Su et al. 2021). q None: only the write. k, v None: only q. cos, sin None: no rotation.
     Raises KernelError on shapes, and on rows and slots out of range."""
     library = column.library()
     if library is None:
