@@ -1,0 +1,32 @@
+"""Inputs and tolerances that the kernel tests share."""
+
+import torch
+from torch import Tensor
+
+# Kernel and twin both sum in float, in different order, and round once: fp32 differs by some rounding errors of the sum, and the
+# halves by one unit in the last place (2^-7 and 2^-10 of the value) where the two sums stand on either side of a border.
+TOLERANCES = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (2**-7, 1e-3), torch.float16: (2**-10, 1e-3)}
+DTYPES = list(TOLERANCES)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normal numbers, the same at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strided(x: Tensor, extra: int = 5) -> Tensor:
+    """The same numbers as a view whose rows lie further apart than they are long; what lies between is NaN."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + extra), float("nan")).to(x.dtype)
+    wide[..., 2 : 2 + x.shape[-1]] = x
+    return wide[..., 2 : 2 + x.shape[-1]]
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, factor: float = 1.0) -> None:
+    """Same dtype and shape, equal within `factor` times the dtype's tolerance."""
+    rtol, atol = TOLERANCES[actual.dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol * factor, atol=atol * factor)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN and signs of zeros included."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
