@@ -1,0 +1,377 @@
+"""Sources and their order, names, refusals; the two configurations that operators start from."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from lmi_dist_handler import load_models, settle
+from lmi_dist_handler.options import OPTIONS, Option
+from lmi_dist_handler.properties import ModelSettings, Settings, from_init, load
+
+from lmi_dist import ConfigError
+
+UNBUILT = [row for row in OPTIONS.values() if row.reader in ("unbuilt", "host_unbuilt")]
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU and no model where SageMaker puts one."""
+    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "no-gpus")
+    monkeypatch.setattr(load_models, "DEFAULT_STORE", tmp_path / "no-store")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    """A model folder with this serving.properties."""
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "serving.properties").write_bytes(text.encode("latin-1"))
+    return folder
+
+
+def one(settings: Settings) -> ModelSettings:
+    (model,) = settings.models
+    return model
+
+
+def with_env(**environ: str) -> ModelSettings:
+    return one(load(None, {"OPTION_MODEL_ID": "some/model", **environ}))
+
+
+# the two that must work as they stand
+
+
+def test_file_of_the_readme_resolves(tmp_path: Path, checkpoint: Path) -> None:
+    folder = write(
+        tmp_path,
+        f"engine=MPI\noption.tensor_parallel_degree=max\noption.rolling_batch=lmi-dist\noption.model_id={checkpoint}\n"
+        "option.max_rolling_batch_prefill_tokens=4096\n",
+    )
+
+    model = one(load(folder, {}))
+
+    config = model.engine_config()
+    assert (config.model, config.tensor_parallel_degree, config.max_prefill_tokens) == (str(checkpoint), 1, 4096)
+    assert model.engine == "MPI"
+    assert model.origin["max_rolling_batch_prefill_tokens"] == "serving.properties:5"
+
+
+def test_variables_of_the_readme_resolve(checkpoint: Path) -> None:
+    environ = {
+        "SERVING_LOAD_MODELS": "test::MPI=/opt/ml/model-that-is-missing",
+        "OPTION_TENSOR_PARALLEL_DEGREE": "max",
+        "OPTION_ROLLING_BATCH": "lmi-dist",
+        "OPTION_MODEL_ID": str(checkpoint),
+        "OPTION_MAX_ROLLING_BATCH_PREFILL_TOKENS": "4096",
+    }
+
+    model = one(load(None, environ))
+
+    config = model.engine_config()
+    assert (model.name, model.engine, model.folder) == ("test", "MPI", None)
+    assert (config.model, config.tensor_parallel_degree, config.max_prefill_tokens) == (str(checkpoint), 1, 4096)
+    assert model.origin["model_id"] == "OPTION_MODEL_ID"
+
+
+# where the model is
+
+
+def test_no_model_at_all_tells_three_ways() -> None:
+    with pytest.raises(ConfigError, match=r"no model was given; set OPTION_MODEL_ID .* or MODEL_DIR .* or SERVING_LOAD_MODELS"):
+        load(None, {})
+
+
+def test_folder_with_config_is_the_model(checkpoint: Path) -> None:
+    assert one(load(None, {"MODEL_DIR": str(checkpoint)})).engine_config().model == str(checkpoint)
+
+
+def test_empty_folder_tells_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds neither option\.model_id in a serving\.properties nor a config\.json"):
+        load(tmp_path, {})
+
+
+@pytest.mark.parametrize("environ", [{"MODEL_DIR": "/no/such"}, {"SERVING_LOAD_MODELS": "m=/no/such"}])
+def test_missing_folder_is_named(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"/no/such.* is not a folder"):
+        load(None, environ)
+
+
+def test_command_line_folder_beats_model_dir(tmp_path: Path, checkpoint: Path) -> None:
+    assert one(load(checkpoint, {"MODEL_DIR": str(tmp_path)})).folder == checkpoint.resolve()
+
+
+def test_hub_model_keeps_revision_and_task() -> None:
+    model = one(load(None, {"HF_MODEL_ID": "org/some-model", "HF_MODEL_REVISION": "v1", "HF_TASK": "text-generation"}))
+
+    assert model.name == "org_some_model"
+    assert (model.engine_config().model, model.engine_config().revision) == ("org/some-model", "v1")
+    assert model.origin["model_id"] == "HF_MODEL_ID"
+
+
+def test_relative_model_is_found_beside_its_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, "option.model_id=weights\n")
+    (folder / "weights").mkdir()
+
+    assert one(load(folder, {})).engine_config().model == str(folder / "weights")
+
+
+def test_relative_model_of_a_variable_is_found_from_here(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+
+    assert with_env(OPTION_MODEL_ID="./checkpoint").engine_config().model == str(checkpoint)
+
+
+def test_two_models_of_one_name_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="two models have the same name among a, a"):
+        load(None, {"SERVING_LOAD_MODELS": f"a={checkpoint},a={checkpoint}"})
+
+
+def test_sagemaker_folder_is_served(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_models, "DEFAULT_STORE", checkpoint)
+
+    assert one(load(None, {})).name == "checkpoint"
+
+
+# the file
+
+
+def test_java_escapes_are_read(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path,
+        "# a comment\n! another\noption.model_id : some\\u002f\\\n   model\noption.revision\tn\xe4chste\noption.revision = v\\:2\n",
+    )
+
+    model = one(load(folder, {}))
+
+    assert model.values["model_id"] == "some/model"
+    assert (model.values["revision"], model.origin["revision"]) == ("v:2", "serving.properties:6")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("option.dtype=\n", r"serving.properties:1: option.dtype has no value; give one or remove the line"),
+        ("engine=MPI\noption.revision=\\u00zz\n", r"cannot be read at line 2: .*u00zz"),
+        ("engine=TensorRT\n", r"engine='TensorRT' is not one of ours; use MPI or Python"),
+        ("\noption.max_modl_len=3\n", r"serving.properties:2: option.max_modl_len is unknown; did you mean option.max_model_len\?"),
+        ("max_model_len=3\n", r"max_model_len is unknown; did you mean option.max_model_len\?"),
+        ("option.load_on_devices=0\n", r"option.load_on_devices is unknown; did you mean load_on_devices\?"),
+        ("option.frobnicate=1\n", r"option.frobnicate is unknown; serving.properties.example lists all there are"),
+        ("option.max_model_len=many\n", r"serving.properties:1: option.max_model_len='many' is refused: .*integer"),
+        ("option.dtype=int8\n", r"option.dtype='int8' is refused: must be one of fp32"),
+        ("option.quantize=gptq\n", r"quantize=gptq is known but not built yet"),
+        ("option.enable_lora=true\n", r"option.enable_lora='true' is known but not built yet; leave it out or write false"),
+        ("option.output_formatter=3p\n", r"option.output_formatter='3p' is known but not built yet"),
+        ("option.output_formatter=yaml\n", r"option.output_formatter='yaml' is refused: .*'json'"),
+        ("option.rolling_batch=disable\n", r"option.rolling_batch='disable' is known but not built yet"),
+        ("option.rolling_batch=trtllm\n", r"option.rolling_batch='trtllm' is not this engine; use lmi-dist or vllm or auto"),
+        ("option.s3url=s3://b/m\noption.model_id=x\n", r"option.s3url and .*option.model_id could not both be set"),
+        ("option.load_in_8bit=maybe\n", r"option.load_in_8bit='maybe' must be one of true, false"),
+        ("batch_size=8\n", r"batch_size='8' is known but not built yet; leave it out or write 1"),
+    ],
+)
+def test_bad_line_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text), {"OPTION_MODEL_ID": "some/model"})
+
+
+@pytest.mark.parametrize("name", ["vllm", "auto", "lmi-dist", "LMI-DIST"])
+def test_rolling_batch_names_that_mean_ours(name: str) -> None:
+    assert with_env(OPTION_ROLLING_BATCH=name)
+
+
+def test_async_mode_allows_rolling_batch_off() -> None:
+    assert with_env(OPTION_ROLLING_BATCH="disable", OPTION_ASYNC_MODE="true")
+
+
+def test_deprecated_word_works_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = one(load(write(tmp_path, "option.data_type=bf16\noption.load_in_8bit=false\n"), {"OPTION_MODEL_ID": "some/model"}))
+
+    assert model.engine_config().dtype == "bf16"
+    assert model.origin["dtype"] == "serving.properties:1"
+    assert [record.getMessage() for record in caplog.records] == [
+        "serving.properties:1: option.data_type is deprecated; use option.dtype=bf16",
+        "serving.properties:2: option.load_in_8bit is deprecated; use nothing: it is the default",
+    ]
+
+
+# variables
+
+
+def test_file_beats_variable_and_command_line_beats_both(tmp_path: Path) -> None:
+    folder = write(tmp_path, "option.dtype=bf16\noption.max_model_len=64\n")
+    environ = {"OPTION_MODEL_ID": "some/model", "OPTION_DTYPE": "fp16", "OPTION_MAX_LOGPROBS": "7"}
+
+    config = one(load(folder, environ, {"option.max_model_len": "32"})).engine_config()
+
+    assert (config.dtype, config.max_logprobs, config.max_model_len) == ("bf16", 7, 32)
+
+
+def test_empty_variable_is_as_good_as_none() -> None:
+    assert with_env(OPTION_DTYPE="", OPTION_FROBNICATE=" ").engine_config().dtype == "auto"
+
+
+def test_misspelt_variable_is_refused_in_its_spelling() -> None:
+    with pytest.raises(ConfigError, match=r"^OPTION_MAX_MODL_LEN is unknown; did you mean OPTION_MAX_MODEL_LEN\?$"):
+        with_env(OPTION_MAX_MODL_LEN="3")
+
+
+def test_variable_finds_names_with_capitals() -> None:
+    assert with_env(OPTION_ENTRYPOINT="lmi_dist_handler", OPTION_ENGINE="Python").engine == "Python"
+
+
+@pytest.mark.parametrize(
+    ("environ", "option", "value"),
+    [
+        ({"HF_MODEL_TRUST_REMOTE_CODE": "true"}, "trust_remote_code", "true"),
+        ({"SM_NUM_GPUS": "1"}, "tensor_parallel_degree", "1"),
+        ({"TENSOR_PARALLEL_DEGREE": "1", "SM_NUM_GPUS": "4"}, "tensor_parallel_degree", "1"),
+        ({"MAX_BATCH_PREFILL_TOKENS": "99"}, "max_rolling_batch_prefill_tokens", "99"),
+        ({"MAX_BATCH_SIZE": "9", "OPTION_MAX_ROLLING_BATCH_SIZE": "8"}, "max_rolling_batch_size", "8"),
+        ({"ENABLE_CUDA_GRAPHS": "true"}, "enforce_eager", "false"),
+        ({"CUDA_MEMORY_FRACTION": "0.5"}, "gpu_memory_utilization", "0.5"),
+        ({"MODEL_LOADING_TIMEOUT": "77"}, "model_loading_timeout", "77"),
+        ({"SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS": "78"}, "predict_timeout", "78"),
+    ],
+)
+def test_other_names_of_options_are_translated(environ: dict[str, str], option: str, value: str) -> None:
+    assert with_env(**environ).values[option] == value
+
+
+def test_quantize_of_tgi_is_told_by_its_name() -> None:
+    with pytest.raises(ConfigError, match="quantize=gptq is known but not built yet"):
+        with_env(HF_MODEL_QUANTIZE="gptq")
+
+
+# max, and how many wait
+
+
+@pytest.mark.parametrize(
+    ("environ", "num"),
+    [({}, 0), ({"CUDA_VISIBLE_DEVICES": ""}, 0), ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2), ({"CUDA_VISIBLE_DEVICES": "3,-1,4"}, 1)],
+)
+def test_visible_gpus_are_counted(environ: dict[str, str], num: int) -> None:
+    assert settle.num_visible_gpus(environ) == num
+
+
+def test_gpus_that_the_driver_lists_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "gpus")
+
+    assert settle.num_visible_gpus({}) == 2
+
+
+def test_max_means_all_visible_gpus() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_degree=2 is known but not built yet"):
+        with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", CUDA_VISIBLE_DEVICES="0,1")
+
+
+def test_max_on_the_cpu_is_one() -> None:
+    model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", OPTION_DEVICE="cpu", CUDA_VISIBLE_DEVICES="0,1")
+
+    assert model.engine_config().tensor_parallel_degree == 1
+
+
+def test_engine_lets_as_many_wait_as_the_host() -> None:
+    settings = load(None, {"OPTION_MODEL_ID": "some/model", "MAX_CONCURRENT_REQUESTS": "5"})
+
+    assert settings.server.job_queue_size == 5
+    assert one(settings).engine_config().max_queue_size == 5
+    assert one(settings).origin["max_queue_size"] == "MAX_CONCURRENT_REQUESTS"
+
+
+# the server's part
+
+
+def test_server_settings_come_with_origins() -> None:
+    environ = {"OPTION_MODEL_ID": "m", "SERVING_PORT": "9000", "OPTION_PREDICT_TIMEOUT": "5", "SERVING_API_KEY": "s"}
+
+    server = load(None, environ, {"host": "0.0.0.0"}).server
+
+    assert (server.host, server.port, server.predict_timeout, server.api_key) == ("0.0.0.0", 9000, 5, "s")
+    assert server.origin == {
+        "host": "command line", "port": "SERVING_PORT", "api_key": "SERVING_API_KEY", "predict_timeout": "OPTION_PREDICT_TIMEOUT",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.1:80", "70000", "-1"])
+def test_bad_port_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"SERVING_PORT='{value}' is refused: input should be"):
+        load(None, {"OPTION_MODEL_ID": "m", "SERVING_PORT": value})
+
+
+def test_models_must_agree_on_a_timeout(tmp_path: Path) -> None:
+    for name, seconds in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "serving.properties").write_text(f"option.model_id=m\noption.predict_timeout={seconds}\n")
+
+    with pytest.raises(ConfigError, match="models of one server must agree on predict_timeout, not ask for 1 and 2"):
+        load(None, {"SERVING_LOAD_MODELS": f"{tmp_path}/a,{tmp_path}/b"})
+
+
+# what the worker sees, and explain
+
+
+def test_worker_comes_to_the_same_config() -> None:
+    model = with_env(OPTION_MAX_MODEL_LEN="64", OPTION_OUTPUT_FORMATTER="sse", OPTION_TGI_COMPAT="True", SERVING_JOB_QUEUE_SIZE="3")
+
+    assert from_init(model.init_properties(), {}) == model.handler
+
+
+def test_djl_init_request_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    djl = {
+        "model_id": "some/model", "model_dir": "/opt/ml/model", "handler": "handle", "device_id": "-1", "mpi_mode": "true",
+        "tensor_parallel_degree": 1, "pipeline_parallel_degree": "1", "cluster_size": 1, "max_rolling_batch_size": "256",
+        "rolling_batch": "vllm", "engine": "MPI", "minWorkers": "4", "gpu.maxWorkers": "4", "batch_size": "1",
+        "entryPoint": "my_handler", "load_on_devices": "0;1", "plugin_setting": "x",
+    }  # fmt: skip
+
+    config = from_init(djl, {})
+
+    assert (config.engine.model, config.engine.max_batch_size, config.model_name) == ("some/model", 256, "model")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "plugin_setting is unknown" in caplog.text
+
+
+def test_model_folder_is_the_model_inside_djl() -> None:
+    assert from_init({"model_dir": "/opt/ml/model"}, {}).engine.model == "/opt/ml/model"
+
+
+@pytest.mark.parametrize(
+    ("properties_given", "message"),
+    [
+        ({}, "option.model_id is missing from the init request"),
+        ({"model_id": "m", "output_formatter": print}, "output_formatter: a function of model.py is known but not built yet"),
+        ({"model_id": "m", "dtype": "int3"}, "option.dtype='int3' is refused"),
+    ],
+)
+def test_worker_refuses_by_name(properties_given: Mapping[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_init(properties_given, {})
+
+
+def test_table_tells_value_and_origin() -> None:
+    rows = {key: rest for key, *rest in with_env(OPTION_MAX_MODEL_LEN="64", OPTION_ENFORCE_EAGER="true").table()}
+
+    assert rows["option.max_model_len"] == ["64", "OPTION_MAX_MODEL_LEN"]
+    assert rows["option.dtype"] == ["auto", "default"]
+    assert rows["option.revision"] == ["unset", "default"]
+    assert rows["option.enforce_eager"] == ["true", "OPTION_ENFORCE_EAGER; no effect: the CPU has no graphs to leave out"]
+
+
+@pytest.mark.parametrize("option", UNBUILT, ids=lambda row: row.key)
+def test_unbuilt_option_takes_only_what_changes_nothing(tmp_path: Path, option: Option) -> None:
+    neutral = "".join(f"{option.key}={value}\n" for value in option.neutral)
+    assert load(write(tmp_path, f"{neutral}option.model_id=m\n"), {})
+
+    with pytest.raises(ConfigError, match=f"{option.key}='other' is known but not built yet"):
+        load(write(tmp_path, f"{option.key}=other\noption.model_id=m\n"), {})
