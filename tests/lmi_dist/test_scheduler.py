@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from scheduler_model import WatchedScheduler
@@ -734,8 +734,8 @@ class AnyOrder(RuleBasedStateMachine):
     w: WatchedScheduler
 
     @initialize(
-        num_blocks=st.integers(6, 20),
-        block_size=st.sampled_from([1, 2, 4]),
+        num_blocks=st.integers(4, 12),
+        block_size=st.sampled_from([2, 4]),
         max_batch_size=st.integers(1, 6),
         max_prefill_tokens=st.integers(1, 24),
         prefill_chunk_tokens=st.integers(1, 12),
@@ -747,7 +747,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(
         prompt=PROMPTS,
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 20),
         min_tokens=st.integers(0, 3),
         stop_ids=st.sampled_from([frozenset(), frozenset({4}), frozenset({4, 5})]),
         salt=st.sampled_from(["", "", "", "s"]),
@@ -765,7 +765,7 @@ class AnyOrder(RuleBasedStateMachine):
             add(self.w, id, prompt, max_tokens, leader=leader, **fields)
             leader = id if leader is None else leader
 
-    @precondition(lambda self: self.w.flight is None)
+    @precondition(lambda self: self.w.live and self.w.flight is None)
     @rule()
     def plan(self) -> None:
         self.w.plan()
@@ -775,11 +775,12 @@ class AnyOrder(RuleBasedStateMachine):
     def commit(self, choices: list[list[int]]) -> None:
         self.w.commit(choices)
 
-    @precondition(lambda self: self.w.flight is None)
-    @rule(choices=CHOICES, num_steps=st.integers(1, 6))
+    @precondition(lambda self: self.w.live and self.w.flight is None)
+    @rule(choices=CHOICES, num_steps=st.integers(1, 8))
     def run(self, choices: list[list[int]], num_steps: int) -> None:
         for _ in range(num_steps):
-            if not self.w.plan().is_empty:
+            if self.w.live:
+                self.w.plan()
                 self.w.commit(choices)
                 self.w.check()
 
@@ -810,15 +811,17 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.w.replay() == self.w.plans
 
 
+# Without a clock: a busy machine is no reason to fail.
+TIMELESS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
 def test_any_order_keeps_promises() -> None:
-    run_state_machine_as_test(
-        AnyOrder, settings=settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
-    )
+    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=150, stateful_step_count=40, derandomize=True, **TIMELESS))
 
 
 @pytest.mark.soak
 def test_any_order_keeps_promises_long() -> None:
-    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=5000, stateful_step_count=80, deadline=None))
+    run_state_machine_as_test(AnyOrder, settings=settings(max_examples=2000, stateful_step_count=80, **TIMELESS))
 
 
 def test_scheduler_needs_no_watcher() -> None:
