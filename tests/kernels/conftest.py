@@ -15,15 +15,16 @@ from lmi_dist.ops.abi import Library, find_library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--library", type=Path, default=None, help="kernel library to test instead of the installed one")
+    parser.addoption("--library", default="", help="kernel library to test instead of the installed one")
     parser.addoption("--levels", default="", help="instruction levels to test, by commas; default: all that run here")
-    parser.addoption("--threads", default="1,2", help="numbers of threads to test, by commas")
+    parser.addoption("--threads", default="", help="numbers of threads to test, by commas; default: 1,2")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
-        levels = metafunc.config.getoption("--levels").split(",") if metafunc.config.getoption("--levels") else runnable(metafunc.config)
-        threads = metafunc.config.getoption("--threads").split(",")
+        wanted = option(metafunc.config, "levels")
+        levels = wanted.split(",") if wanted else runnable(metafunc.config)
+        threads = (option(metafunc.config, "threads") or "1,2").split(",")
         backends = [pytest.param((level, int(each)), id=f"{level}-{each}") for level in levels for each in threads]
         metafunc.parametrize("library", backends, indirect=True)
 
@@ -37,16 +38,23 @@ def library(request: pytest.FixtureRequest) -> Iterator[Library]:
         yield opened
 
 
-@pytest.fixture
-def torch_column() -> Iterator[None]:
-    with ops.using("torch", 2):
-        yield
+@pytest.fixture(params=["cpu", "torch"])
+def column(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Either column, chosen: for what both must refuse in the same words."""
+    with ops.using(request.param, 2, path=library_path(request.config)):
+        yield request.param
 
 
 def library_path(config: pytest.Config) -> Path:
-    path = config.getoption("--library") or find_library(list(ops.__path__))
+    wanted = option(config, "library")
+    path = Path(wanted) if wanted else find_library(list(ops.__path__))
     assert path is not None, "liblmi_cpu.so is not built: install the package first"
     return path
+
+
+def option(config: pytest.Config, name: str) -> str:
+    """What was given, or "": pytest knows the options only when tests/kernels is named on its command line."""
+    return str(config.getoption(name, ""))
 
 
 def runnable(config: pytest.Config) -> list[str]:
