@@ -62,9 +62,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """x: [T,H,D] in place; cos, sin: [T,1,half]."""
     half = cos.shape[-1]
     places = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
-    a, b = (x[..., place].float() for place in places)
-    x[..., places[0]] = (a * cos - b * sin).to(x.dtype)
-    x[..., places[1]] = (b * cos + a * sin).to(x.dtype)
+    a, b = (x[..., place].float() for place in places)  # views of x itself if it is fp32: both results before either is written
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    for place, part in zip(places, turned, strict=True):
+        x[..., place] = part.to(x.dtype)
 
 
 def _check(
