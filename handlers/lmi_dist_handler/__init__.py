@@ -10,13 +10,20 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from lmi_dist import LmiError, OverloadedError
+from lmi_dist import LmiError
 from lmi_dist_handler.wire import Input, Output
 
 if TYPE_CHECKING:
     from lmi_dist_handler.streaming import Streams
 
 logger = logging.getLogger(__name__)
+
+
+class UnavailableError(LmiError):
+    """The model answers no requests yet, or no more."""
+
+    code = 503
+
 
 _streams: "Streams | None" = None  # once the model is loaded
 
@@ -28,7 +35,7 @@ async def handle(inputs: Input) -> Output | AsyncIterator[Output] | None:
     if inputs.is_empty():
         return await _load(inputs, reply)
     if _streams is None:
-        raise OverloadedError("the model is not loaded yet")
+        raise UnavailableError("the model is not loaded yet")
     return _streams.answer(inputs, reply)
 
 

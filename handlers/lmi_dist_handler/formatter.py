@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
-from lmi_dist import LmiError, Output, RequestError, Token
+from lmi_dist import LmiError, Output, OverloadedError, RequestError, Token
 
 Dialect = Literal["lmi", "openai"]
 
@@ -76,6 +76,8 @@ def status(dialect: Dialect, error: Exception) -> int:
         return code
     if isinstance(error, RequestError):
         return 400
+    if isinstance(error, OverloadedError):
+        return 429
     return 500 if code in SERVER_FAULTS else code
 
 

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmi_dist import LmiError, OverloadedError
+from lmi_dist import LmiError
 from lmi_dist_handler.formatter import Dialect, explained
 from lmi_dist_handler.metrics import Metrics
 
@@ -46,15 +46,12 @@ def refusal(scope: Scope, error: Exception) -> Response:
     """The answer to a request that no model has answered."""
     dialect: Dialect = "openai" if scope["path"].startswith("/v1/") else "lmi"
     told = explained(dialect, error)
-    code = 429 if dialect == "openai" and isinstance(error, OverloadedError) else told.code
-    headers = {"retry-after": str(RETRY_AFTER_S)} if code in (429, 503) else None
-    return Response(told.text, code, headers, "application/json")
+    return Response(told.text, told.code, media_type="application/json")
 
 
 def json_response(value: Any, code: int = 200) -> Response:
-    """JSON as DJL's host writes it; a 503 says when to come again."""
-    headers = {"retry-after": str(RETRY_AFTER_S)} if code == 503 else None
-    return Response(json.dumps(value, indent=2, ensure_ascii=False) + "\n", code, headers, "application/json")
+    """JSON as DJL's host writes it."""
+    return Response(json.dumps(value, indent=2, ensure_ascii=False) + "\n", code, media_type="application/json")
 
 
 class Front:
@@ -101,15 +98,21 @@ class _Exchange:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.answered(_label(self._scope["path"]), self._code, seconds)
-            client = self._scope.get("client") or ("-", 0)
-            line = '%s "%s %s" %d %d bytes %.3f s %s'
-            logger.info(line, client[0], self._scope["method"], self._scope["path"], self._code, self._num_bytes, seconds, self._id)
+            self._log(seconds)
+
+    def _log(self, seconds: float) -> None:
+        path, (client, _) = self._scope["path"], self._scope.get("client") or ("-", 0)
+        level = logging.DEBUG if path == "/ping" else logging.INFO  # asked every few seconds, for ever
+        line = '%s "%s %s" %d %d bytes %.3f s %s'
+        logger.log(level, line, client, self._scope["method"], path, self._code, self._num_bytes, seconds, self._id)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._code = message["status"]
             headers = MutableHeaders(scope=message)
             headers.update({**NO_CACHE, "x-request-id": self._id, "connection": "close" if self._code >= 400 else "keep-alive"})
+            if self._code in (429, 503):
+                headers["retry-after"] = str(RETRY_AFTER_S)
         else:
             self._num_bytes += len(message.get("body", b""))
         await self._send(message)

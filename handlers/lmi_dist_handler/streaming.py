@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmi_dist import LmiError, OverloadedError, StepError
-from lmi_dist_handler import requests, responses
+from lmi_dist import LmiError, StepError
+from lmi_dist_handler import UnavailableError, requests, responses
 from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.wire import Input, Output
 
@@ -269,7 +269,7 @@ class Streams:
 
     async def _parse(self, inputs: Input) -> requests.Parsed:
         if self._is_draining:
-            raise OverloadedError("the model is being stopped; try again later")
+            raise UnavailableError("the model is being stopped; try again later")
         body = inputs.get_as_bytes() or b""
         if len(body) <= PARSE_INLINE_BYTES:
             return requests.parse(body, inputs.get_properties(), self._engine, self._config)
