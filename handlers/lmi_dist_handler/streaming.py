@@ -60,10 +60,10 @@ class EngineThread:
         return await built
 
     def submit(self, request: "Request", sink: Sink) -> None:
-        """Add a request; `sink` is called in the loop's thread with each output, or once with an exception."""
-        if self._failure is not None:
-            raise StepError(f"the engine has ended: {self._failure}")
+        """Add a request; `sink` is called in the loop's thread with each output, or with the exception that ends it."""
         self._commands.put(lambda engine: self._add(engine, request, sink))
+        if self._failure is not None:  # looked at last: else the engine could end in between, unnoticed
+            sink(StepError(f"the engine has ended: {self._failure}"))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Free what these requests hold before the next step; an id that has ended is a no-op."""
@@ -94,6 +94,8 @@ class EngineThread:
         except Exception as error:  # the engine could not go on: nobody may be left waiting
             logger.exception("the engine has ended")
             self._failure = error
+            while not self._commands.empty():
+                self._commands.get()(engine)
             self._deliver([(sink, error) for sink in self._sinks.values()])
 
     def _take(self, engine: "Engine") -> None:
