@@ -1,0 +1,25 @@
+"""Where `lmi-dist demo` and `lmi-dist bench` keep the models that they make, and how a folder there is complete or absent."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def default_cache() -> Path:
+    """The user's own, the same for every project folder."""
+    return Path.home() / ".cache" / "lmi-dist"
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `folder` when the block ends well and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

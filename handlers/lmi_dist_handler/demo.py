@@ -1,0 +1,167 @@
+"""`lmi-dist demo`: train a tiny model once, serve it, ask it something, and stay up.
+
+Knows no torch: the training is a process of its own.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lmi_dist import LmiError
+from lmi_dist_handler import cli, properties
+from lmi_dist_handler.cache import default_cache
+from lmi_dist_handler.server import bind
+
+PROMPT = "Return the"
+PARAMETERS = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 7}
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses to listen at, and where to find them
+TRAINER = ("demo_model.py", "demo_text.py")
+
+
+class DemoError(LmiError):
+    """The demo's model could not be trained, or the server did not answer the demo's own request."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder that keeps the trained model (%(default)s)")
+    parser.add_argument("--recipe", default="{}", help="JSON object: what to train otherwise, see Recipe in demo_model.py")
+    parser.add_argument("--host", help="address to listen at (SERVING_HOST)")
+    parser.add_argument("--port", help="port to listen at (SERVING_PORT)")
+    parser.set_defaults(model_dir=None, options=[])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train unless that was done before, then serve until a signal. Returns the server's exit status.
+    Raises ConfigError on a bad setting or a port in use, DemoError when the training fails."""
+    server = _settings(arguments)
+    bind(server).close()  # a port in use is told before the training
+    folder = trained_model(arguments.cache, arguments.recipe)
+    arguments.model_dir = folder
+    arguments.options = [f"option.model_id={folder}"]  # against an OPTION_MODEL_ID in the environment
+    threading.Thread(target=_present, args=(server, folder), daemon=True).start()
+    return cli.serve(arguments)
+
+
+def _settings(arguments: argparse.Namespace) -> properties.ServerSettings:
+    """The server's own words; the model's do not matter yet, so the cache stands in for its folder."""
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    given = {"host": arguments.host, "port": arguments.port, "option.model_id": str(arguments.cache)}
+    return properties.load(arguments.cache, arguments={key: value for key, value in given.items() if value is not None}).server
+
+
+def trained_model(cache: Path, recipe: str) -> Path:
+    """The folder of the demo's checkpoint, trained now if that has not been done by the same code, recipe and Python."""
+    folder = (cache / f"demo-{_digest(recipe)}" / "demo").absolute()
+    if folder.exists():
+        print(f"the demo model is in {folder}")
+    else:
+        _train(folder, recipe)
+    return folder
+
+
+def _digest(recipe: str) -> str:
+    sources = [Path(__file__).with_name(name).read_bytes() for name in TRAINER]
+    return hashlib.sha256(b"\0".join([*sources, recipe.encode(), sys.version.encode()])).hexdigest()[:12]
+
+
+def _train(folder: Path, recipe: str) -> None:
+    """Raises DemoError when the training ends badly."""
+    usual = signal.signal(signal.SIGTERM, _leave)  # so that the training does not outlive us
+    try:
+        done = subprocess.run([sys.executable, "-m", "lmi_dist_handler.demo_model", str(folder), "--recipe", recipe], check=False)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    if done.returncode:
+        raise DemoError(f"the training of the demo model ended with exit status {done.returncode}; its output is above")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _present(server: properties.ServerSettings, folder: Path) -> None:
+    """Ask the server something as soon as it is ready, and show the answer and the way on."""
+    try:
+        wait_until_ready(server)
+        print(f"\n{outcome(folder)}\nasked to go on from {PROMPT!r}, it answers:\n\n{PROMPT}", end="", flush=True)
+        for text in answer(server, PROMPT):
+            print(text, end="", flush=True)
+    except (DemoError, OSError, ValueError, http.client.HTTPException) as error:
+        print(f"\nlmi-dist: error: the demo's own request failed: {error}", file=sys.stderr, flush=True)
+    else:
+        print("\n\n" + "\n".join(ways_on(server)), flush=True)
+
+
+def outcome(folder: Path) -> str:
+    """What the training came to, in one line."""
+    report = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return (
+        f"the demo model's held-out loss is {report['held_out_loss']:.3f} nats a token, "
+        f"that of a bigram model of the same text {report['bigram_loss']:.3f}"
+    )
+
+
+def wait_until_ready(server: properties.ServerSettings) -> None:
+    """Returns when /ping says 200. Raises DemoError when that takes longer than a model may take to load."""
+    until = time.monotonic() + server.model_loading_timeout
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):  # the port is not bound yet
+            connection = _connection(server, timeout_s=5.0)
+            connection.request("GET", "/ping")
+            if connection.getresponse().status == 200:
+                return
+        time.sleep(0.1)
+    raise DemoError(f"the server was not ready within model_loading_timeout={server.model_loading_timeout} s")
+
+
+def answer(server: properties.ServerSettings, prompt: str) -> Iterator[str]:
+    """The texts of the tokens that continue `prompt`, as they come. Raises DemoError with the server's own sentence."""
+    connection = _connection(server, timeout_s=float(server.chunked_read_timeout))
+    headers = {"content-type": "application/json"}
+    if server.api_key:
+        headers["authorization"] = f"Bearer {server.api_key}"
+    connection.request("POST", "/invocations", _body(prompt), headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        raise DemoError(f"{response.status} {response.read().decode(errors='replace')}")
+    for line in response:
+        if line.strip():
+            yield _text(json.loads(line))
+
+
+def _text(event: dict[str, Any]) -> str:
+    if event.get("details", {}).get("finish_reason") == "error":
+        raise DemoError(str(event))
+    return str(event["token"].get("text", ""))
+
+
+def _body(prompt: str) -> str:
+    return json.dumps({"inputs": prompt, "stream": True, "parameters": PARAMETERS})
+
+
+def _connection(server: properties.ServerSettings, timeout_s: float) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(EVERYWHERE.get(server.host, server.host), server.port, timeout=timeout_s)
+
+
+def ways_on(server: properties.ServerSettings) -> list[str]:
+    """Three lines to try next."""
+    host = EVERYWHERE.get(server.host, server.host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+    key = "-H 'Authorization: Bearer ...' " if server.api_key else ""
+    chat = json.dumps({"model": "demo", "stream": True, "messages": [{"role": "user", "content": "json.dumps"}]})
+    return [
+        f"curl -N {address}/invocations {key}-H 'Content-Type: application/json' -d '{_body('Raise an error')}'",
+        f"curl -N {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{chat}'",
+        "OPTION_MODEL_ID=<folder or hub id of a Llama or Mistral> make run",
+    ]
