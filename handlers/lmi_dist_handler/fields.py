@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from lmi_dist import RequestError
 
@@ -17,9 +17,10 @@ SHOWN = 100  # characters of a value that a message repeats
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body holds. Raises RequestError for anything else."""
+    """The JSON object that a body holds. Raises RequestError for anything else. NaN and Infinity, which are not JSON, are left for
+    their field's rule to refuse: that names the field."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_not_json)
+        value = json.loads(body.decode("utf-8"))
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -33,10 +34,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, not {_shown(value)}")
     return value
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _shown(value: object) -> str:

@@ -70,7 +70,7 @@ def explained(dialect: Dialect, error: Exception) -> Told:
 
 
 def status(dialect: Dialect, error: Exception) -> int:
-    """HTTP status: DJL has 424 for most of it, OpenAI tells the client's faults (400) from the server's (500)."""
+    """HTTP status: DJL has 424 for most of it, OpenAI tells the client's faults (400), want of room (429) and ours (500) apart."""
     code = error.code if isinstance(error, LmiError) else 424
     if dialect == "lmi":
         return code

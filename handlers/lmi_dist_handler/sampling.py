@@ -44,22 +44,30 @@ class Sampling:
 
 
 def _converted(fields: Fields, name: str, target: str) -> object:
-    """The value in the shape that SamplingParams takes; what does not fit is left for it to refuse."""
+    """The value in the shape that SamplingParams takes."""
     value = fields.take(name)
-    if target == "stop" and isinstance(value, str):
-        return (value,)
-    if isinstance(value, list):
-        return tuple(value)
-    if target == "top_k" and value == -1:
-        return 0
-    if target == "logit_bias" and isinstance(value, dict):
-        return _bias(fields, name, value)
-    return value
+    if target == "stop":
+        return _strings(fields, name)
+    if target == "stop_token_ids":
+        return tuple(fields.items(name))
+    if target == "logit_bias":
+        return _bias(fields, name)
+    return 0 if target == "top_k" and value == -1 else value
 
 
-def _bias(fields: Fields, name: str, value: dict[str, Any]) -> dict[int, Any]:
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
+    """One string or a list of them."""
+    value = fields.take(name)
+    strings = value if isinstance(value, list) else [value]
+    if not all(isinstance(string, str) for string in strings):
+        raise fields.refuse(name, "must be a string or a list of strings")
+    return tuple(strings)
+
+
+def _bias(fields: Fields, name: str) -> dict[int, Any]:
     """Token ids as integers: JSON has only strings for keys."""
-    for key in value:
+    bias_of = fields.section(name).values
+    for key in bias_of:
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise fields.refuse(name, f"must map token ids to numbers; {key!r} is no token id")
-    return {int(key): bias for key, bias in value.items()}
+    return {int(key): bias for key, bias in bias_of.items()}

@@ -1,0 +1,104 @@
+"""Messages through real chat templates, in transformers' sandbox."""
+
+import copy
+from typing import Any
+
+import pytest
+import tiny_tokenizers
+from lmi_dist_handler.chat import render
+from lmi_dist_handler.fields import Fields
+
+from lmi_dist import RequestError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system must be first') }}{% endif %}<{{ message.role }}>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments.city }}]{% endfor %}"
+    "{% endfor %}{% if tools %}{{ tools | length }} tools{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def rendered(messages: object, template: str | None = TEMPLATE, **more: Any) -> str:
+    tokenizer = copy.deepcopy(tiny_tokenizers.byte_level())
+    tokenizer.chat_template = template
+    return render(Fields({"messages": messages, **more}), tokenizer)
+
+
+def user(content: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_template_writes_the_prompt() -> None:
+    messages = [{"role": "system", "content": "be brief"}, *user("hi")]
+
+    assert rendered(messages) == "<s><system>be brief<user>hi<assistant>"
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    assert rendered(user(parts)) == "<s><user>a\nb<assistant>"
+
+
+def test_tools_reach_the_template() -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+    assert rendered(user("hi"), tools=[tool]).endswith("1 tools<assistant>")
+
+
+def test_tool_calls_have_objects_as_arguments() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+
+    text = rendered([*user("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}])
+
+    assert text == "<s><user>hi<assistant>[weather Oslo]<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages must be a list with at least one message"),
+        (["hi"], r"messages\[0\] must be an object with role and content"),
+        ([{"content": "hi"}], r"messages\[0\].role is missing"),
+        ([{"role": "user"}], r"messages\[0\].content is missing"),
+        (user(3), r"messages\[0\].content=3 must be a string or a list of text parts"),
+        (user(["hi"]), r"messages\[0\].content\[0\] must be an object with type and text"),
+        (user([{"type": "text"}]), r"messages\[0\].content\[0\].text=null must be a string"),
+        (user([{"type": "image_url", "image_url": {"url": "x"}}]), r"content\[0\].type=\"image_url\" is not for this model"),
+        ([{"role": "assistant", "tool_calls": [3]}], r"messages\[0\].tool_calls\[0\] must be an object with a function"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
+            r"tool_calls\[0\].function.arguments must be a JSON object as text",
+        ),
+        ([*user("hi"), {"role": "system", "content": "x"}], "refused by the model's chat template: system must be first"),
+    ],
+)
+def test_bad_message_is_told_by_place(messages: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        rendered(messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[7].content }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for x in range(10**9) %}{% endfor %}",
+        "{% if %}",
+    ],
+)
+def test_failing_template_fails_the_request_alone(template: str) -> None:
+    with pytest.raises(RequestError, match="messages are refused by the model's chat template"):
+        rendered(user("hi"), template)
+
+
+def test_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="messages give an empty prompt"):
+        rendered(user("hi"), "{% set x = 1 %}")
+
+
+def test_model_without_template_is_told() -> None:
+    with pytest.raises(RequestError, match="messages need a chat template, which this model has not; send inputs or prompt"):
+        rendered(user("hi"), None)
