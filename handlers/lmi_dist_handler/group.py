@@ -215,7 +215,10 @@ class Group:
             stream.interrupt(error)
 
     async def kill(self) -> None:
-        """End the whole process group and remove its files. A worker that listens gets EXIT_GRACE_S to end by itself."""
+        """End the whole process group and remove its files. A worker that listens gets EXIT_GRACE_S to end by itself.
+        To be called again when it was cancelled."""
+        if self._folder is None:
+            return  # never started, or over already
         is_stuck = self.died.done()
         self.die(f"the worker of model {self._name} was stopped", hint="")
         if self._writer is not None:
@@ -227,10 +230,12 @@ class Group:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # what the worker has started too
             await self._process.wait()
+        if self._tasks:  # they see the end of their streams, which also closes these
+            await asyncio.wait(self._tasks, timeout=EXIT_GRACE_S)
         for task in self._tasks:
             task.cancel()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work))

@@ -96,6 +96,8 @@ class Host:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+        if self._group is not None:
+            await self._group.kill()  # in case the task was just doing that
 
     def open(self, properties: Mapping[str, str], content: PairList) -> Stream:
         """Send a request to the worker. Raises NotReadyError, OverloadedError."""

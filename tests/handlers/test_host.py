@@ -1,0 +1,336 @@
+"""handlers/lmi_dist_handler/{host,group}.py: real worker processes behind an entry point made for the test."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmi_dist_handler.group import Group, Piece, Stream, WorkerLostError
+from lmi_dist_handler.host import Host, Limits, NotReadyError
+from lmi_dist_handler.wire import PairList
+
+from lmi_dist import LmiError, OverloadedError
+
+ENTRY_POINT = r"""
+import asyncio, os, signal, subprocess, sys, time
+from lmi_dist_handler.wire import Output
+
+aborted = []
+busy_s = 0.0
+
+async def handle(inputs):
+    if inputs.is_empty():
+        return load(inputs.get_property("load") or "", inputs)
+    return answer(inputs)
+
+def refused(sentence, kind):
+    return Output().error(sentence, message=sentence).add_property("error_type", kind)
+
+def load(how, inputs):
+    if how == "fault":
+        return refused("hidden_size=7 must be even", "ConfigError")
+    if how == "bug":
+        return refused("a bug", "RuntimeError")
+    if how == "hang":
+        time.sleep(60)
+    if how == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        open("child", "w").write(str(child.pid))
+    sys.stderr.write("step 1\rstep 2\rstep 3\rlast words\n")
+    sys.stderr.flush()
+
+def frame(data, last, **more):
+    output = Output().add_property("Content-Type", "text/plain")
+    return output.add(Output.binary_encode({"data": data, "last": last, **more}))
+
+async def answer(inputs):
+    global busy_s
+    body = inputs.get_as_string()
+    if body == "error":
+        yield frame("told", True, code=418, error="a teapot")
+        return
+    if body == "die":
+        yield frame("a", False)
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if body == "block":
+        time.sleep(60)
+    if body == "busy":
+        busy_s = 1e9
+        await asyncio.sleep(60)
+    if body == "raise":
+        raise ValueError("raised")
+    if body == "endless":
+        while inputs.get_property("request_tracking_id") not in aborted:
+            yield frame("x", False)
+            await asyncio.sleep(0.005)
+        return
+    for letter in body[:-1]:
+        yield frame(letter, False)
+    yield frame(body[-1:], True)
+
+def abort(inputs):
+    aborted.append(inputs.get_property("abort_tracking_id"))
+    return Output()
+
+def stats(inputs):
+    return Output().add({"busy_s": busy_s, "aborted": len(aborted), "cwd": os.getcwd()})
+
+def drain(inputs):
+    return Output()
+"""
+
+BODY = {"content-type": "text/plain"}
+
+
+def run(folder: Path, test: Callable[[Host], Awaitable[None]], load: str = "", **limits: Any) -> Host:
+    """Run `test` over a host; whatever happens, its worker is gone and its files too at the end."""
+    (folder / "model.py").write_text(ENTRY_POINT)
+    before = set(Path(tempfile.gettempdir()).glob("lmi-dist-*"))
+
+    async def main() -> Host:
+        properties = {"load": load, "model_id": "x"}
+        host = Host("test", folder, properties, limits=Limits(**limits), entry_point="model.py")
+        host.start()
+        try:
+            await asyncio.wait_for(test(host), 20)
+        finally:
+            await host.stop()
+        return host
+
+    host = asyncio.run(main())
+    assert host.worker_pid is not None
+    assert not alive(host.worker_pid)
+    assert set(Path(tempfile.gettempdir()).glob("lmi-dist-*")) <= before
+    return host
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def ready(host: Host) -> None:
+    await until(lambda: host.state == "ready")
+
+
+def ask(host: Host, body: str) -> Stream:
+    return host.open(BODY, PairList([("data", body.encode())]))
+
+
+async def pieces(stream: Stream) -> list[Piece]:
+    with stream:
+        found = [await stream.piece()]
+        while not found[-1].is_last:
+            found.append(await stream.piece())
+    return found
+
+
+async def text(host: Host, body: str) -> str:
+    return "".join(piece.text for piece in await pieces(ask(host, body)))
+
+
+def test_requests_are_answered_side_by_side(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        with pytest.raises(NotReadyError, match="model test is not ready: it is still loading"):
+            ask(host, "abc")
+        await ready(host)
+
+        answers = await asyncio.gather(*(text(host, letter * 50) for letter in "abcdefgh"))
+
+        assert answers == [letter * 50 for letter in "abcdefgh"]
+        assert (await host.stats())["cwd"] == str(tmp_path)
+        assert host.num_in_flight == 0
+
+    assert run(tmp_path, check).state == "stopped"
+
+
+def test_errors_of_the_worker_are_pieces(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+
+        (told,) = await pieces(ask(host, "error"))
+        (raised,) = await pieces(ask(host, "raise"))
+
+        assert told == Piece("told", True, 418, "a teapot", {"Content-Type": "text/plain"})
+        assert (raised.code, raised.error) == (424, "raised")
+
+    run(tmp_path, check)
+
+
+def test_closed_stream_aborts_its_request(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+        with ask(host, "endless") as stream:
+            assert (await stream.piece()).text == "x"
+
+        assert (await host.stats())["aborted"] == 1
+        assert host.num_in_flight == 0
+
+    run(tmp_path, check)
+
+
+def test_too_many_requests_are_refused(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+        full = "Worker queue capacity exceeded for model: test"
+        with ask(host, "endless"), ask(host, "endless"), pytest.raises(OverloadedError, match=full):
+            ask(host, "abc")
+        assert await text(host, "abc") == "abc"
+
+    run(tmp_path, check, max_in_flight=2)
+
+
+def test_death_of_the_worker_is_told_and_mended(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+        other, stream = ask(host, "endless"), ask(host, "die")
+        assert (await stream.piece()).text == "a"
+
+        with pytest.raises(WorkerLostError, match=r"the worker of model test was killed by SIGKILL; it is being restarted"):
+            await stream.piece()
+        with pytest.raises(WorkerLostError):
+            await pieces(other)
+        await until(lambda: host.state == "loading")
+        assert "killed by SIGKILL" in host.reason
+        await ready(host)
+
+        assert (await text(host, "abc"), host.num_restarts) == ("abc", 1)
+
+    run(tmp_path, check)
+
+
+@pytest.mark.parametrize(("body", "what"), [("block", "did not answer"), ("busy", "was in one step for more")])
+def test_stuck_worker_is_replaced(tmp_path: Path, body: str, what: str) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+
+        with pytest.raises(WorkerLostError, match=f"{what}.* predict_timeout=0.3 s"):
+            await pieces(ask(host, body))
+        await until(lambda: host.num_restarts == 1)
+        await ready(host)
+
+        assert await text(host, "abc") == "abc"
+
+    run(tmp_path, check, step_timeout_s=0.3)
+
+
+def test_whole_process_group_is_ended(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+        assert alive(int((tmp_path / "child").read_text()))
+
+    run(tmp_path, check, load="child")
+
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while alive(child):  # the kernel delivers the signal when it likes
+        assert time.monotonic() < deadline
+
+
+def test_fault_of_the_model_is_final(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await until(lambda: host.state == "failed")
+
+        assert host.reason == "hidden_size=7 must be even"
+        with pytest.raises(LmiError, match="model test is not ready: hidden_size=7 must be even"):
+            ask(host, "abc")
+        assert host.num_restarts == 0
+
+    run(tmp_path, check, load="fault")
+
+
+def test_other_failures_are_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def check(host: Host) -> None:
+        await until(lambda: host.state == "failed")
+
+        assert host.reason == "a bug; given up after 3 tries"
+
+    run(tmp_path, check, load="bug")
+
+    assert caplog.text.count("a bug; next try in") == 2
+
+
+def test_loading_has_a_deadline(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await until(lambda: host.state == "failed")
+
+        assert host.reason == "model test was not loaded within model_loading_timeout=0.3 s; set a larger one"
+
+    run(tmp_path, check, load="hang", loading_timeout_s=0.3)
+
+
+def test_worker_that_cannot_start_tells_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        group = Group("test", tmp_path, "no_such_module")
+        try:
+            with pytest.raises(WorkerLostError, match=r"ended with exit status 1; ModuleNotFoundError: .*no_such_module"):
+                await group.start()
+        finally:
+            await group.kill()
+
+    asyncio.run(main())
+
+
+def test_lines_of_the_worker_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def check(host: Host) -> None:
+        await ready(host)
+        await until(lambda: "last words" in caplog.text)
+
+    caplog.set_level(logging.INFO)
+    run(tmp_path, check)
+
+    levels = {record.getMessage().split(" ", 1)[1]: record.levelname for record in caplog.records if "W-" in record.getMessage()}
+    assert levels["Python engine started."] == "INFO"
+    assert levels["last words"] == "WARNING"
+    assert "step 1" in levels
+    assert "step 2" not in levels  # a progress bar's next state, too soon after
+
+
+HOST_PROCESS = """
+import asyncio, sys
+from pathlib import Path
+from lmi_dist_handler.host import Host
+
+async def main():
+    host = Host("test", Path(sys.argv[1]), {}, entry_point="model.py")
+    host.start()
+    while host.state != "ready":
+        await asyncio.sleep(0.01)
+    print(host.worker_pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_worker_ends_with_its_host(tmp_path: Path) -> None:
+    """Nobody tells a worker when its host is killed: it sees the end of its socket."""
+    (tmp_path / "model.py").write_text(ENTRY_POINT)
+    with subprocess.Popen([sys.executable, "-c", HOST_PROCESS, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        assert alive(worker)
+
+        process.kill()
+
+    deadline = time.monotonic() + 10
+    while alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
