@@ -70,7 +70,14 @@ def completion(fields: Fields, engine: EngineView, handler: "HandlerConfig") -> 
     requests = tuple(
         Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate, cache_salt=salt) for prompt in prompts
     )
-    texts = [prompt if isinstance(prompt, str) else engine.tokenizer.decode(list(prompt)) for prompt in prompts] if echo else []
+    texts = (
+        [
+            prompt if isinstance(prompt, str) else engine.tokenizer.decode(list(prompt), skip_special_tokens=True)
+            for prompt in prompts
+        ]
+        if echo
+        else []
+    )
     ask = _ask(fields, requests, handler, logprobs is not None, stream, texts)
     return requests, (CompletionEvents if stream else Completion)(ask)
 
@@ -163,6 +170,11 @@ def _prompts(fields: Fields) -> list[str | tuple[int, ...]]:
                 "prompt", "must be a string, a list of strings, a list of token ids or a list of such lists, none empty"
             )
     return [one if isinstance(one, str) else tuple(one) for one in prompts]
+
+
+def _text(prompt: str | tuple[int, ...], engine: EngineView) -> str:
+    """What echo shows of a prompt."""
+    return prompt if isinstance(prompt, str) else str(engine.tokenizer.decode(list(prompt), skip_special_tokens=True))
 
 
 def _is_ids(value: object) -> bool:

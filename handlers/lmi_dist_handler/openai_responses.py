@@ -96,11 +96,11 @@ class CompletionEvents(OpenAIEvents):
     def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
         prompt = self.ask.prompts[self.order[candidate.request_id]] if is_first and self.ask.prompts else ""
         text = prompt + output.text
-        tokens = (*(self.prompt_tokens.get(candidate.request_id, ()) if prompt else ()), *output.tokens)
-        if not text and not (self.ask.logprobs and tokens) and output.finish_reason is None:
+        prompt_tokens = self.prompt_tokens.get(candidate.request_id, ()) if prompt else ()
+        if not text and not (self.ask.logprobs and output.tokens) and output.finish_reason is None:
             return ""
         place = self.place(candidate)
-        logprobs = _completion_logprobs(tokens, self._offsets.get(place, 0)) if self.ask.logprobs else None
+        logprobs = _completion_logprobs(prompt_tokens, output.tokens, self._offsets.get(place, 0)) if self.ask.logprobs else None
         self._offsets[place] = self._offsets.get(place, 0) + len(text)
         return self.event({"index": place, "text": text, "logprobs": logprobs, "finish_reason": _reason(output.finish_reason)})
 
@@ -233,21 +233,23 @@ def _djl_reason(reason: str | None) -> str | None:
 
 def _completion_choice(form: Completion, candidate: Candidate) -> dict[str, Any]:
     prompt = form.ask.prompts[form.order[candidate.request_id]] if form.ask.prompts else ""
-    tokens = (*(form.prompt_tokens.get(candidate.request_id, ()) if prompt else ()), *candidate.tokens)
+    prompt_tokens = form.prompt_tokens.get(candidate.request_id, ()) if prompt else ()
     return {
         "index": form.place(candidate),
         "text": prompt + candidate.text,
-        "logprobs": _completion_logprobs(tokens, 0) if form.ask.logprobs else None,
+        "logprobs": _completion_logprobs(prompt_tokens, candidate.tokens, 0) if form.ask.logprobs else None,
         "finish_reason": _reason(candidate.finish_reason),
     }
 
 
-def _completion_logprobs(tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-    """Of /v1/completions; `offset` is the first token's place in the text. The first token of a prompt has null."""
+def _completion_logprobs(prompt: Sequence[Token], generated: Sequence[Token], offset: int) -> dict[str, Any]:
+    """Of /v1/completions; `offset` is the first token's place in the text. The first token of a prompt has null, and a special
+    token of a prompt, which the tokenizer has put there, takes no place in the text."""
+    tokens = (*prompt, *generated)
     offsets = []
-    for token in tokens:
+    for place, token in enumerate(tokens):
         offsets.append(offset)
-        offset += len(token.text)
+        offset += 0 if token.is_special and place < len(prompt) else len(token.text)
     tops = [{entry.text: finite(entry.logprob) for entry in token.top} for token in tokens]
     return {
         "tokens": [token.text for token in tokens],
