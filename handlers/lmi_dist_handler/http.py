@@ -51,12 +51,13 @@ class Served:
 class Streamed(Response):
     """An answer in pieces, whose status and headers are those of the first. A client that leaves ends it."""
 
-    def __init__(self, first: Piece, stream: Stream, watcher: "asyncio.Task[None]", timeout_s: float) -> None:
+    def __init__(self, first: Piece, stream: Stream, watcher: "asyncio.Task[None]", metrics: Metrics, *, timeout_s: float) -> None:
         super().__init__(None, first.code or 200, dict(first.headers))
         del self.headers["content-length"]  # so that the server sends chunks
         self._piece = first
         self._stream = stream
         self._watcher = watcher
+        self._metrics = metrics
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +67,8 @@ class Streamed(Response):
                 await self._send(send, self._piece.text)
                 self._piece = await self._next()
             await self._send(send, self._piece.text or self._failure(self._piece), is_last=True)
+        except ClientGoneError:
+            self._metrics.client_gone()
         finally:
             self._watcher.cancel()
             self._stream.close()
@@ -191,7 +194,7 @@ class Api:
                 watcher.cancel()
                 stream.close()
         if not piece.is_last:
-            return Streamed(piece, stream, watcher, self._server.chunked_read_timeout)
+            return Streamed(piece, stream, watcher, self._metrics, timeout_s=self._server.chunked_read_timeout)
         if piece.code is not None and not piece.text:
             return refusal(request.scope, HttpError(piece.code, piece.error))
         return Response(piece.text, piece.code or 200, dict(piece.headers))
