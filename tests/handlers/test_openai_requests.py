@@ -22,7 +22,7 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         return str([message["content"] for message in messages])
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids))
 
 

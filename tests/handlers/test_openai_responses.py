@@ -81,14 +81,14 @@ def test_choices_are_prompts_times_candidates() -> None:
 
 
 def test_echo_puts_the_prompt_first() -> None:
-    prompt_tokens = (Token(1, "a", None), Token(3, "b", -1.0))
+    prompt_tokens = (Token(1, "<s>", None, is_special=True), Token(3, "ab", -1.0))
     outputs = (said(HE, num=1, prompt_tokens=prompt_tokens), said(WORLD, done="length", num=2))
 
     (choice,) = json.loads(whole(Completion(ask(prompts=("ab",), logprobs=True)), *outputs))["choices"]
 
     assert choice["text"] == "abHé world"
     assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -0.25, -0.5]
-    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 4]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 2, 4]
 
 
 @pytest.mark.parametrize("logprobs", [False, True])

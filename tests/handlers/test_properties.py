@@ -1,6 +1,9 @@
 """Sources and their order, names, refusals; the two configurations that operators start from."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +47,14 @@ def one(settings: Settings) -> ModelSettings:
 
 def with_env(**environ: str) -> ModelSettings:
     return one(load(None, {"OPTION_MODEL_ID": "some/model", **environ}))
+
+
+def test_reading_properties_needs_no_torch() -> None:
+    code = "import sys, lmi_dist_handler.properties, lmi_dist_handler.requests; sys.exit('torch' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
+
+    assert done.returncode == 0
 
 
 # the two that must work as they stand
