@@ -70,14 +70,7 @@ def completion(fields: Fields, engine: EngineView, handler: "HandlerConfig") -> 
     requests = tuple(
         Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate, cache_salt=salt) for prompt in prompts
     )
-    texts = (
-        [
-            prompt if isinstance(prompt, str) else engine.tokenizer.decode(list(prompt), skip_special_tokens=True)
-            for prompt in prompts
-        ]
-        if echo
-        else []
-    )
+    texts = [_text(prompt, engine) for prompt in prompts] if echo else []
     ask = _ask(fields, requests, handler, logprobs is not None, stream, texts)
     return requests, (CompletionEvents if stream else Completion)(ask)
 
