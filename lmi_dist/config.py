@@ -17,6 +17,7 @@ BLOCK_SIZE = 16  # tokens a block
 
 DTYPES = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
           "bf16": "bf16", "bfloat16": "bf16", "auto": "auto"}  # fmt: skip
+CHECKPOINT_DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class EngineConfig(BaseModel):
@@ -116,9 +117,9 @@ class ConfigKeys:
 
     def choice(self, name: str, supported: Collection[str], default: Any = REQUIRED) -> str:
         value = self._get(name, default)
-        if value not in supported:
+        if not isinstance(value, str) or value not in supported:
             raise self.refuse(name, f"is not supported; supported are {', '.join(sorted(supported))}")
-        return str(value)
+        return value
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self._get(name, REQUIRED)
@@ -245,10 +246,7 @@ class ModelConfig:
         keys = ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
         wishes_path = folder / "generation_config.json"
         wishes = ConfigKeys(_read_json(wishes_path) if wishes_path.exists() else {}, str(wishes_path))
-        architectures = keys.values.get("architectures") or []
-        architecture = next((name for name in architectures if name in supported), None)
-        if architecture is None:
-            raise keys.refuse("architectures", f"has none that is supported; supported are {', '.join(sorted(supported))}")
+        architecture = _architecture(keys, supported)
         keys = ConfigKeys({**supported[architecture], **keys.values}, keys.where)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         head_dim = keys.integer("head_dim", default=hidden // heads)
@@ -260,9 +258,6 @@ class ModelConfig:
         trained_positions = keys.integer("max_position_embeddings", default=2048)
         rope = RopeConfig.read(keys, trained_positions)
         window = keys.integer("sliding_window", default=None, minimum=0)
-        dtype = keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"
-        if dtype not in DTYPES or dtype == "auto":
-            raise ConfigError(f"{keys.where}: torch_dtype={dtype!r} is not supported; supported are float32, float16, bfloat16")
         return cls(
             folder=folder,
             architecture=architecture,
@@ -277,7 +272,7 @@ class ModelConfig:
             rope=rope,
             sliding_window=window or None,
             tied_embeddings=keys.boolean("tie_word_embeddings", default=False),
-            dtype=DTYPES[dtype],  # type: ignore[arg-type]  # "auto" was refused above
+            dtype=CHECKPOINT_DTYPES[keys.choice("dtype" if "dtype" in keys else "torch_dtype", CHECKPOINT_DTYPES, "float32")],
             bos_token_id=next(iter(keys.integers("bos_token_id")), None),
             eos_token_ids=wishes.integers("eos_token_id") or keys.integers("eos_token_id"),
             generation=_sampling_wishes(wishes),
@@ -288,6 +283,16 @@ class ModelConfig:
         if wanted is not None and wanted > self.max_position:
             raise ConfigError(f"max_model_len={wanted} must be at most {self.max_position}, the positions of this model")
         return wanted or self.max_position
+
+
+def _architecture(keys: ConfigKeys, supported: Collection[str]) -> str:
+    names = keys.values.get("architectures") or []
+    if not isinstance(names, list):
+        raise keys.refuse("architectures", "must be a list of names")
+    for name in names:
+        if isinstance(name, str) and name in supported:
+            return name
+    raise keys.refuse("architectures", f"has none that is supported; supported are {', '.join(sorted(supported))}")
 
 
 def _sampling_wishes(wishes: ConfigKeys) -> dict[str, float]:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SAFETENSORS_PATTERNS = ("*.safetensors",)
 PICKLE_PATTERNS = ("*.bin", "*.pt")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CACHE = Path.home() / ".cache" / "lmi-dist" / "s3"
 
 

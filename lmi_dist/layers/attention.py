@@ -12,12 +12,13 @@ class PagedAttention:
 
     def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, *, window: int = 0) -> None:
         self.layer, self.head_dim, self.window = layer, head_dim, window
-        self.sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self.first_key, self.first_value = num_heads, num_heads + num_kv_heads
         self.scale = head_dim**-0.5
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=1))
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        q, k, v = heads[:, : self.first_key], heads[:, self.first_key : self.first_value], heads[:, self.first_value :]
         cache = batch.cache.layers[self.layer]
         cos, sin, rows = batch.rope or (None, None, None)
         ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots)

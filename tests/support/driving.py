@@ -30,7 +30,9 @@ class Course:
 
 
 def make_runner(folder: Path, kernels: str = "cpu", **values: Any) -> Runner:
-    config = EngineConfig.of({"model": str(folder), "kernels": kernels, "dtype": "fp32", "max_batch_size": 32, **values})
+    config = EngineConfig.of(
+        {"model": str(folder), "kernels": kernels, "dtype": "fp32", "cpu_threads": 1, "max_batch_size": 32, **values}
+    )
     model = read_config(folder)
     return Runner(config, model, plan_memory(config, model, Checkpoint(folder), AVAILABLE_BYTES))
 

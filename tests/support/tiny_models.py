@@ -1,5 +1,6 @@
 """Tiny random checkpoints, written by transformers, and what transformers says about them: the reference of the model tests."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def refer(model: PreTrainedModel, prompt: tuple[int, ...], num_steps: int = NUM_STEPS) -> Reference:
-    """What transformers' generate says, greedily."""
+    """What transformers' generate says, greedily. On a copy: a dynamic scaling remembers the longest sequence it has seen."""
+    model = copy.deepcopy(model)
     with torch.inference_mode():
         out = model.generate(
             torch.tensor([prompt]),
