@@ -11,19 +11,13 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from lmi_dist import LmiError
+from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.wire import Input, Output
 
 if TYPE_CHECKING:
     from lmi_dist_handler.streaming import Streams
 
 logger = logging.getLogger(__name__)
-
-
-class UnavailableError(LmiError):
-    """The model answers no requests yet, or no more."""
-
-    code = 503
-
 
 _streams: "Streams | None" = None  # once the model is loaded
 

@@ -26,6 +26,12 @@ OPENAI_TYPES: dict[int, tuple[str, str | None]] = {
 }
 
 
+class UnavailableError(LmiError):
+    """The model answers no requests yet, or no more."""
+
+    code = 503
+
+
 class Told(NamedTuple):
     """An error as a client hears it: status, sentence, and the text that goes into the body."""
 

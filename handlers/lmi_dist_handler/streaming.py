@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmi_dist import LmiError, StepError
-from lmi_dist_handler import UnavailableError, requests, responses
+from lmi_dist_handler import requests, responses
+from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.wire import Input, Output
 
