@@ -18,10 +18,9 @@ namespace lmi::LMI_LEVEL {
 namespace {
 
 constexpr int64_t kTile = 64, kSplit = 512, kUnitRows = 64;
-constexpr int64_t kPad = 32;         /* floats that a row of values is filled up to a multiple of */
-constexpr int kRegisterRows = 4;     /* rows whose sums stand side by side in registers, */
-constexpr int kColumns = 2 * kLanes; /* and how many sums of each */
-constexpr int kSumLanes = 16;        /* partial sums of a tile's weights, the same number at every level */
+constexpr int64_t kPad = 32; /* floats that a row of values is filled up to a multiple of */
+constexpr int kRegisterRows = 4; /* rows whose sums stand side by side in registers */
+constexpr int kSumLanes = 16;    /* partial sums of a tile's weights, the same number at every level */
 constexpr int64_t kUnitsAThread = 4; /* with fewer, splits are jobs of their own */
 constexpr int64_t kWorthAThread = 1 << 16; /* products, about 5 us */
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -176,6 +175,13 @@ const void *cached(const Problem &problem, const lmi_tensor &cache, const Unit &
   return at(cache, block, unit.head, key % problem.block_size);
 }
 
+/* A tile ahead of its use: blocks lie anywhere in memory, and waiting for them would take most of a decode. */
+void prefetch(const Problem &problem, const lmi_tensor &cache, const Unit &unit, int64_t key) {
+  const char *row = static_cast<const char *>(cached(problem, cache, unit, key));
+  const int64_t size_bytes = problem.size * bytes_of(cache.dtype);
+  for (int64_t byte = 0; byte < size_bytes; byte += 64) __builtin_prefetch(row + byte);
+}
+
 /* Keys of the tile that starts at `tile`, transposed; those outside of `needed` are 0. */
 void read_keys(const Problem &problem, const Unit &unit, int64_t tile, Range needed, Scratch &scratch) {
   const lmi_tensor &cache = problem.args.k_cache;
@@ -183,6 +189,7 @@ void read_keys(const Problem &problem, const Unit &unit, int64_t tile, Range nee
     for (int64_t i = 0; i < kSquare; ++i) {
       float *row = scratch.rows + i * problem.padded;
       const int64_t key = tile + j + i;
+      if (key + kTile < needed.last) prefetch(problem, cache, unit, key + kTile);
       if (key >= needed.first && key < needed.last) {
         read_floats(cached(problem, cache, unit, key), cache.dtype, problem.size, row);
       } else {
@@ -201,37 +208,62 @@ void read_values(const Problem &problem, const Unit &unit, int64_t tile, Range n
   const Range keys = common(needed, {tile, tile + kTile});
   for (int64_t key = keys.first; key < keys.last; ++key) {
     float *row = scratch.values + (key - tile) * problem.padded;
+    if (key + kTile < needed.last) prefetch(problem, cache, unit, key + kTile);
     read_floats(cached(problem, cache, unit, key), cache.dtype, problem.size, row);
     std::fill(row + problem.size, row + problem.padded, 0.0f);
   }
 }
 
+/* Two registers of each row's sums: with four rows, what every level has room for. */
+template <int Rows>
+struct Sums {
+  Vector of[Rows][2];
+
+  /* of[r] += factors[r * stride] * numbers */
+  void add(const float *factors, int64_t stride, const float *numbers) {
+    const Vector left = load(numbers), right = load(numbers + kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      of[r][0] += factors[r * stride] * left;
+      of[r][1] += factors[r * stride] * right;
+    }
+  }
+
+  void read(const float *from, int64_t stride) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      of[r][0] = load(from + r * stride);
+      of[r][1] = load(from + r * stride + kLanes);
+    }
+  }
+
+  void write(float *to, int64_t stride) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      store(to + r * stride, of[r][0]);
+      store(to + r * stride + kLanes, of[r][1]);
+    }
+  }
+};
+
 /* scores[r,j] = sum_d queries[r,d] * keys[d,j], d ascending; scores: [Rows,64] */
 template <int Rows>
 void score_rows(const float *queries, int64_t size, const float *keys, float *scores) {
-  for (int64_t j = 0; j < kTile; j += kColumns) {
-    float sums[Rows][kColumns] = {};
-    for (int64_t d = 0; d < size; ++d) {
-      for (int r = 0; r < Rows; ++r) {
-        for (int c = 0; c < kColumns; ++c) sums[r][c] += queries[r * size + d] * keys[d * kTile + j + c];
-      }
-    }
-    for (int r = 0; r < Rows; ++r) std::copy_n(sums[r], kColumns, scores + r * kTile + j);
+  for (int64_t j = 0; j < kTile; j += 2 * kLanes) {
+    Sums<Rows> sums = {};
+    for (int64_t d = 0; d < size; ++d) sums.add(queries + d, size, keys + d * kTile + j);
+    sums.write(scores + j, kTile);
   }
 }
 
 /* values[r,:] += sum_j weights[r,j] * tile[j,:], j ascending in `keys` (counted from the tile's first); weights: [Rows,64] */
 template <int Rows>
 void add_values(const float *weights, const float *tile, int64_t padded, Range keys, float *values) {
-  for (int64_t d = 0; d < padded; d += kColumns) {
-    float sums[Rows][kColumns];
-    for (int r = 0; r < Rows; ++r) std::copy_n(values + r * padded + d, kColumns, sums[r]);
-    for (int64_t j = keys.first; j < keys.last; ++j) {
-      for (int r = 0; r < Rows; ++r) {
-        for (int c = 0; c < kColumns; ++c) sums[r][c] += weights[r * kTile + j] * tile[j * padded + d + c];
-      }
-    }
-    for (int r = 0; r < Rows; ++r) std::copy_n(sums[r], kColumns, values + r * padded + d);
+  for (int64_t d = 0; d < padded; d += 2 * kLanes) {
+    Sums<Rows> sums;
+    sums.read(values + d, padded);
+    for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, tile + j * padded + d);
+    sums.write(values + d, padded);
   }
 }
 
@@ -322,8 +354,8 @@ void read_queries(const Problem &problem, const Unit &unit, Scratch &scratch) {
 /* One split of a unit, from nothing. */
 void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scratch &scratch, States states) {
   states.clear(unit.rows, problem.padded);
-  const Range needed = common(seen_by_unit(problem, unit), {split * kSplit, (split + 1) * kSplit});
-  for (int64_t tile = needed.first / kTile * kTile; tile < needed.last; tile += kTile) {
+  const Range needed = seen_by_unit(problem, unit), keys = common(needed, {split * kSplit, (split + 1) * kSplit});
+  for (int64_t tile = keys.first / kTile * kTile; tile < keys.last; tile += kTile) {
     read_keys(problem, unit, tile, needed, scratch);
     read_values(problem, unit, tile, needed, scratch);
     int64_t row = 0;
