@@ -110,7 +110,7 @@ class BlockPool:
 
     def publish(self, block: int, digest: bytes) -> None:
         """Make a used block findable. If an equal one is findable already, that one stays so and this one remains as it is."""
-        if self._names[block] is None and digest not in self._by_name:
+        if digest not in self._by_name:
             self._names[block] = digest
             self._by_name[digest] = block
 

@@ -177,12 +177,14 @@ class WatchedScheduler:
         assert len({chunk.sequence for chunk in plan.rows}) == len(plan.rows)
         assert plan.step == self.scheduler.num_steps
         self._check_victims()
+        self._check_queue()
         decoding = {s.id for s in self.live.values() if s.state == "running" and s.num_computed >= s.prefill_end}
         assert {chunk.sequence for chunk in plan.decodes} == decoding
         assert all(len(chunk.token_ids) == chunk.num_outputs == 1 for chunk in plan.decodes)
         budget = self.settings["max_prefill_tokens"]
         budget = min(budget, self.settings["prefill_chunk_tokens"]) if plan.decodes else budget
         sizes = [len(chunk.token_ids) for chunk in plan.chunks]
+        assert 0 not in sizes
         assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
         written = [self.memory.slot(c, c.start + i)[0] for c in plan.rows for i in range(len(c.token_ids))]
         assert all(self.scheduler.pool.references(b) == 1 and not self.scheduler.pool.is_findable(b) for b in written)
@@ -197,6 +199,12 @@ class WatchedScheduler:
         if victims:
             assert min(victims) > max(stayed)
             assert self.scheduler.num_running == len(stayed)
+
+    def _check_queue(self) -> None:
+        """Who came in passed nobody but siblings that wait for their leader."""
+        came_in = [s.arrival for id, s in self.live.items() if self._before[id][0] == "waiting" and s.state == "running"]
+        passed = [s for s in self.live.values() if s.state == "waiting" and came_in and s.arrival < max(came_in)]
+        assert all(s.leading and s.leading.num_computed < s.leading.prompt_length for s in passed)
 
     def _check_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         end = chunk.start + len(chunk.token_ids)
