@@ -8,9 +8,9 @@ drops a leading space at the start of what it decodes (sentencepiece style) the 
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from lmi_dist.request import Token
@@ -41,11 +41,12 @@ class TextDecoder:
         self.known_ids = frozenset(names)
         self.byte_ids = frozenset(id for id, name in names.items() if BYTE_TOKEN.fullmatch(name))
         self.longest = max(map(len, names.values()), default=0)  # characters that one token may stand for
+        self._decode = _plain_decode(tokenizer)
         self.piece = lru_cache(maxsize=65536)(self._piece)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids as the tokenizer has it, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return self._decode(list(ids))
 
     def is_silent(self, id: int, *, skip_special_tokens: bool) -> bool:
         """Whether decoding leaves the token out, as if it were not there: skipped, unknown (padding of the vocabulary) or empty."""
@@ -66,6 +67,17 @@ class TextDecoder:
     def _piece(self, id: int) -> str:
         """The text of one token anywhere but at the start: what a second one adds to a first."""
         return self.decode([id, id])[len(self.decode([id])) :]
+
+
+def _plain_decode(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
+    """tokenizer.decode(ids, clean_up_tokenization_spaces=False), which runs for every token. Most of its time goes into finding out
+    what kind of list it was given, so a fast tokenizer that does not decode in a way of its own is asked directly."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if isinstance(tokenizer, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 class StopStrings:
@@ -116,6 +128,7 @@ class _Held:
     token: Token
     start: int
     end: int
+    text: str = ""
 
 
 class TextStream:
@@ -158,7 +171,7 @@ class TextStream:
         is_byte = not silent and self._decoder.is_byte(token.id)
         if self._in_bytes and not (silent or is_byte):
             self._settle(final=True)
-        self._held.append(_Held(replace(token, text=""), self._length, self._length))
+        self._held.append(_Held(token, self._length, self._length))
         if self.stop_string is None and not silent:
             self._window.append(token.id)
             self._in_bytes = is_byte
@@ -188,7 +201,7 @@ class TextStream:
     def _extend(self, text: str) -> None:
         """Add text to the newest token, up to a stop string if one is found."""
         newest = self._held[-1]
-        newest.token = replace(newest.token, text=newest.token.text + text)
+        newest.text += text
         is_armed = self._num_tokens >= self._min_tokens
         for offset, char in enumerate(text if self._states else "", start=self._length + 1):
             found = self._stop.advance(self._states, char)
@@ -202,7 +215,7 @@ class TextStream:
         self.stop_string = found
         self._length = end if self._include_stop_string else end - len(found)
         for held in self._held:
-            held.token = replace(held.token, text=held.token.text[: max(0, self._length - held.start)])
+            held.text = held.text[: max(0, self._length - held.start)]
             held.end = min(held.end, self._length)
         self._in_bytes = self._is_cut = False
 
@@ -210,5 +223,6 @@ class TextStream:
         clear = self._length if self.stop_string is not None else self._length - max(self._states, default=0)
         released = []
         while self._held and self._held[0].end <= clear and not (len(self._held) == 1 and (self._in_bytes or self._is_cut)):
-            released.append(self._held.popleft().token)
+            held = self._held.popleft()
+            released.append(replace(held.token, text=held.text))
         return tuple(released)

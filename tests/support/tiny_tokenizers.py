@@ -1,6 +1,8 @@
-"""Small tokenizers of the three kinds that language models use, trained on the spot on a few lines of many scripts."""
+"""Small tokenizers of the three kinds that language models use, made on the spot from a few lines of many scripts. Alphabets are
+given and nothing depends on the order of equals, so that they are the same in every run."""
 
 import json
+import string
 from functools import lru_cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -35,12 +37,13 @@ def byte_level() -> PreTrainedTokenizerFast:
 @lru_cache
 def metaspace() -> PreTrainedTokenizerFast:
     """Unigram with ▁ for spaces, as sentencepiece writes it; no bytes: what it has never seen is <unk>."""
-    tokenizer = Tokenizer(models.Unigram())
+    words = dict.fromkeys(word for text in TEXTS for word in text.replace(" ", " ▁").split(" "))
+    characters = dict.fromkeys(character for word in words for character in ("▁", *word))
+    scores = {**dict.fromkeys(characters, -8.0), **dict.fromkeys([word for word in words if 1 < len(word) < 8], -6.0)}
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in SPECIAL), *scores.items()], unk_id=0))
     tokenizer.normalizer = normalizers.Replace(Regex("\r\n"), "\n")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
     return _wrap(tokenizer)
 
 
@@ -48,8 +51,11 @@ def metaspace() -> PreTrainedTokenizerFast:
 def byte_fallback() -> PreTrainedTokenizerFast:
     """BPE with ▁ for spaces and <0xE2> tokens for what is not in the vocabulary, as Llama 1 and 2 and Mistral have it."""
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], limit_alphabet=80, show_progress=False)
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    alphabet = ["▁", *string.ascii_letters, *string.digits, *".,:()<>", "é", "а", "我"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<unk>"], initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
+    )
     learner.train_from_iterator(TEXTS, trainer)
     learned = json.loads(learner.to_str())["model"]
     names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *(name for name in learned["vocab"] if name not in SPECIAL)]
