@@ -114,14 +114,13 @@ class EngineThread:
             return
         try:
             outputs = engine.step()
-        except (
-            Exception
-        ) as error:  # step() answers for failed forwards itself; what it raises fails all, and the engine starts anew
+        except Exception as error:  # of failed forwards step() tells itself; what it raises fails all that runs
             logger.exception("a step failed")
             engine.reset()
             self._deliver([(sink, error) for sink in self._sinks.values()])
             self._sinks.clear()
             return
+        self._counters = asdict(engine.stats())  # before anybody can have seen the step's outputs
         self._deliver([(self._sinks[output.request_id], output) for output in outputs if output.request_id in self._sinks])
 
     def _add(self, engine: "Engine", request: "Request", sink: Sink) -> None:
