@@ -151,7 +151,8 @@ def settled(variant: str, **values: Any) -> tuple[PreTrainedModel, list[Referenc
 
 
 def teacher_forced(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
-    """fp32 [T,V] logits at every position of one forward."""
+    """fp32 [T,V] logits at every position of one forward. On a copy, as above."""
+    model = copy.deepcopy(model)
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([ids])).logits[0].float()
     return logits
