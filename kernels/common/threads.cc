@@ -37,7 +37,8 @@ struct Job {
   void (*body)(void *, int64_t, int64_t) = nullptr;
   void *context = nullptr;
   int64_t n = 0;
-  int32_t shares = 1;
+  int32_t shares = 0;
+  bool is_last = false; /* the threads end after it */
 
   void run(int32_t share) const {
     const int64_t begin = n * share / shares, end = n * (share + 1) / shares;
@@ -65,8 +66,9 @@ class Pool {
   /* Ends the workers; the pool itself stays, since a worker may still look at it. */
   void stop() {
     std::lock_guard<std::mutex> one_job_at_a_time(entry_);
-    stopping_ = true;
-    post(Job());
+    Job last;
+    last.is_last = true;
+    post(last);
     wait_for_workers();
   }
 
@@ -89,13 +91,15 @@ class Pool {
   }
 
   void work(int32_t share) {
-    for (uint64_t seen = 0; !stopping_; ++seen) {
+    bool is_last = false;
+    for (uint64_t seen = 0; !is_last; ++seen) {
       const auto posted = [&] { return generation_.load(std::memory_order_acquire) != seen; };
       if (!spin_until(posted)) {
         std::unique_lock<std::mutex> lock(sleep_);
         wake_.wait(lock, posted);
       }
       run_share(share);
+      is_last = job_.is_last; /* before the count goes down: then the next job may come */
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         std::lock_guard<std::mutex> lock(sleep_);
         done_.notify_one();
@@ -117,7 +121,6 @@ class Pool {
 
   const int32_t num_workers_;
   Job job_;
-  std::atomic<bool> stopping_{false};
   std::atomic<uint64_t> generation_{0};
   std::atomic<int32_t> running_{0};
   std::exception_ptr failure_;
@@ -162,7 +165,7 @@ void run_shares(int64_t n, int64_t grain, void (*body)(void *, int64_t, int64_t)
     if (n > 0) body(context, 0, n);
     return;
   }
-  current_pool().run({body, context, n, static_cast<int32_t>(shares)});
+  current_pool().run({body, context, n, static_cast<int32_t>(shares), false});
 }
 
 }  // namespace lmi
