@@ -221,6 +221,23 @@ def test_text_is_released_as_soon_as_it_is_clear(text):
     assert emitted + text_of(list(tokens.flush())) == cut(text, stop)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+@settings(SETTINGS, max_examples=20_000)
+@given(
+    ids=st.lists(st.integers(0, 420), max_size=200),
+    stop=st.lists(st.text("abe ,\n\ufffd\ud55c", min_size=1, max_size=4), max_size=5),
+    skip=st.booleans(),
+    include=st.booleans(),
+)
+def test_stream_equals_batch_for_very_many_ids(kind, ids, stop, skip, include):
+    whole = tokenizer_of(kind).decode(ids, skip_special_tokens=skip)
+
+    tokens = stream(kind, ids, stop=tuple(stop), include_stop_string=include, skip_special_tokens=skip)
+
+    assert text_of(tokens) == cut(whole, tuple(stop), include)
+
+
 def test_longest_of_stop_strings_that_end_together_wins():
     text = TextStream(DECODERS["byte_level"], stop=StopStrings(["fox", "n fox", "ox"]))
 

@@ -1,0 +1,101 @@
+"""What is worked out before the weights are read: choices, memory, tokenizer, CPUs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from lmi_dist.config import EngineConfig
+from lmi_dist.errors import CheckpointError
+from lmi_dist.setup import explain, load_tokenizer, usable_cpus
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path_factory.mktemp("llama"))
+
+
+def copy_of(folder: Path, target: Path, *, without: str) -> Path:
+    for file in folder.iterdir():
+        if without not in file.name:
+            (target / file.name).symlink_to(file)
+    return target
+
+
+def test_every_choice_is_made(folder):
+    told = explain(EngineConfig(model=str(folder), dtype="auto"))
+
+    assert told.config.dtype in ("fp32", "bf16")
+    assert told.config.kernels in ("cpu", "torch")
+    assert told.config.device == "cpu"
+    assert (told.config.max_model_len, told.config.prefill_chunk_tokens) == (256, 512)
+    assert told.config.cpu_threads == usable_cpus()
+    assert told.config.kv_cache_memory_bytes == told.memory.num_blocks * told.memory.block_bytes
+
+
+def test_made_choices_lead_to_the_same_plan(folder):
+    told = explain(EngineConfig(model=str(folder)), available_bytes=1 << 30)
+
+    again = explain(told.config, available_bytes=1 << 30)
+
+    assert again.config == told.config
+    assert again.memory.num_blocks == told.memory.num_blocks
+
+
+def test_plan_follows_the_free_memory(folder):
+    config = EngineConfig(model=str(folder), dtype="fp32", max_batch_size=64)
+
+    little, much = explain(config, available_bytes=20_000_000), explain(config, available_bytes=80_000_000)
+
+    assert little.memory.available_bytes == 20_000_000
+    assert little.memory.num_blocks < much.memory.num_blocks
+    assert little.lines == explain(config, available_bytes=20_000_000).lines
+
+
+def test_lines_tell_model_memory_and_kernels(folder):
+    told = explain(EngineConfig(model=str(folder)))
+
+    assert "LlamaForCausalLM" in told.lines[0]
+    assert set(told.memory.arithmetic) < set(told.lines)
+    assert told.lines[-1] == f"kernels {told.kernels}"
+
+
+def test_explaining_reads_no_tensor(folder, monkeypatch):
+    monkeypatch.setattr("lmi_dist.weights.Checkpoint.read", lambda *args: pytest.fail("a tensor was read"))
+
+    assert explain(EngineConfig(model=str(folder))).memory.weights_bytes > 0
+
+
+def test_missing_tokenizer_is_told(folder, tmp_path):
+    copy_of(folder, tmp_path, without="tokenizer")
+
+    with pytest.raises(CheckpointError, match=r"tokenizer=.* cannot be loaded"):
+        load_tokenizer(EngineConfig(model=str(tmp_path)), tmp_path)
+
+
+def test_corrupt_tokenizer_is_told(folder, tmp_path):
+    copy_of(folder, tmp_path, without="tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{")
+
+    with pytest.raises(CheckpointError, match=r"tokenizer=.* cannot be loaded"):
+        load_tokenizer(EngineConfig(model=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, 10**6),
+        ({"cpu.max": "max 100000\n"}, 10**6),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 10**6),
+        ({"cpu/cpu.cfs_quota_us": "90000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_quota_of_a_container_counts(tmp_path, files, most):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert usable_cpus(tmp_path) == min(most, len(os.sched_getaffinity(0)))
