@@ -55,10 +55,18 @@ def documents(num_bytes: int | None = None) -> list[Document]:
 
 def _all_documents(library: Path) -> Iterator[Document]:
     yield from _licences(library)
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if not SKIPPED_FOLDERS.intersection(parts):
-            yield from docstrings(path.read_text(encoding="utf-8", errors="replace"), ".".join(parts).removesuffix(".py"))
+    for path in _sources(library):
+        module = ".".join(path.relative_to(library).parts).removesuffix(".py")
+        yield from docstrings(path.read_text(encoding="utf-8", errors="replace"), module)
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Python files in a fixed order, those of a folder before those of its own folders."""
+    entries = sorted(folder.iterdir())
+    yield from (path for path in entries if path.suffix == ".py")
+    for path in entries:
+        if path.is_dir() and path.name not in SKIPPED_FOLDERS:
+            yield from _sources(path)
 
 
 def _licences(library: Path) -> Iterator[Document]:
