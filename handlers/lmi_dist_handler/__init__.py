@@ -61,8 +61,8 @@ async def _load(inputs: Input, reply: type[Output]) -> Output | None:
         config = await asyncio.to_thread(properties.from_init, inputs.get_properties())
         thread = streaming.EngineThread(lambda: Engine(config.engine))
         _streams = streaming.Streams(thread, await thread.start(), config)
-    except Exception as error:  # the host shows the sentence; the traceback stays here
-        logger.exception("the model could not be loaded")
+    except Exception as error:  # the host shows the sentence; of what we did not raise on purpose the traceback stays here
+        logger.error("the model could not be loaded: %s", error, exc_info=not isinstance(error, LmiError))
         return _load_failure(error, reply)
     return None
 

@@ -1,6 +1,5 @@
 """The whole thing as its users have it: `lmi-dist serve` as a process, a tiny Llama behind it, clients over HTTP."""
 
-import contextlib
 import json
 import os
 import re
@@ -67,8 +66,8 @@ class Server:
         text = httpx.get(f"{self.url}/metrics").text
         return float(next(line for line in text.splitlines() if line.startswith(name)).rpartition(" ")[2])
 
-    def end(self, by: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(by)
+    def end(self) -> int:
+        self.process.terminate()
         status = self.process.wait(20)
         self._reader.join(5)
         return status
@@ -116,8 +115,7 @@ def running(checkpoint: Path) -> Iterator[dict[str, Server]]:
         yield servers
     finally:
         for server in servers.values():
-            with contextlib.suppress(ProcessLookupError):
-                server.end(signal.SIGKILL)
+            server.end()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,6 @@ BODY = {"content-type": "text/plain"}
 def run(folder: Path, test: Callable[[Host], Awaitable[None]], load: str = "", **limits: Any) -> Host:
     """Run `test` over a host; whatever happens, its worker is gone and its files too at the end."""
     (folder / "model.py").write_text(ENTRY_POINT)
-    before = set(Path(tempfile.gettempdir()).glob("lmi-dist-*"))
 
     async def main() -> Host:
         properties = {"load": load, "model_id": "x"}
@@ -104,10 +104,12 @@ def run(folder: Path, test: Callable[[Host], Awaitable[None]], load: str = "", *
             await host.stop()
         return host
 
-    host = asyncio.run(main())
+    with tempfile.TemporaryDirectory(prefix="t-") as short, pytest.MonkeyPatch.context() as patch:  # sockets have short names
+        patch.setattr(tempfile, "tempdir", short)
+        host = asyncio.run(main())
+        assert not list(Path(short).iterdir())
     assert host.worker_pid is not None
     assert not alive(host.worker_pid)
-    assert set(Path(tempfile.gettempdir()).glob("lmi-dist-*")) <= before
     return host
 
 
@@ -323,14 +325,18 @@ asyncio.run(main())
 def test_worker_ends_with_its_host(tmp_path: Path) -> None:
     """Nobody tells a worker when its host is killed: it sees the end of its socket."""
     (tmp_path / "model.py").write_text(ENTRY_POINT)
-    with subprocess.Popen([sys.executable, "-c", HOST_PROCESS, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", HOST_PROCESS, str(tmp_path)]
+    with (
+        tempfile.TemporaryDirectory(prefix="t-") as short,
+        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": short}) as process,
+    ):
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         assert alive(worker)
 
         process.kill()
-
-    deadline = time.monotonic() + 10
-    while alive(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        deadline = time.monotonic() + 10
+        while alive(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert [path.name for path in Path(short).glob("*/*")] == []

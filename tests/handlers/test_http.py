@@ -1,7 +1,7 @@
 """handlers/lmi_dist_handler/{http,front,metrics}.py: the routes, over a host whose worker is played by the test."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import httpx
@@ -316,7 +316,7 @@ def test_metrics_count_host_and_worker() -> None:
         assert line in lines
 
 
-def exchange(host: FakeHost, after: Callable[[asyncio.Event, list[Any]], Awaitable[None]]) -> list[Any]:
+def exchange(host: FakeHost, after: Callable[[asyncio.Event, list[Any]], Coroutine[Any, Any, None]]) -> list[Any]:
     """One POST /invocations by hand; `after` decides when its client goes. Returns what was sent to it."""
 
     async def main() -> list[Any]:
