@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _present(server: properties.ServerSettings, folder: Path) -> None:
     """Ask the server something as soon as it is ready, and show the answer and the way on."""
+    access = logging.getLogger("lmi_dist_handler.access")
+    access.setLevel(logging.WARNING)  # lest its lines stand amid the answer
     try:
         wait_until_ready(server)
         print(f"\n{outcome(folder)}\nasked to go on from {PROMPT!r}, it answers:\n\n{PROMPT}", end="", flush=True)
@@ -101,6 +104,7 @@ def _present(server: properties.ServerSettings, folder: Path) -> None:
         print(f"\nlmi-dist: error: the demo's own request failed: {error}", file=sys.stderr, flush=True)
     else:
         print("\n\n" + "\n".join(ways_on(server)), flush=True)
+    access.setLevel(logging.NOTSET)
 
 
 def outcome(folder: Path) -> str:
