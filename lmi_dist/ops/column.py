@@ -23,6 +23,7 @@ class Column:
 
     name: str
     library: Library | None
+    num_threads: int
     description: str
 
 
@@ -65,7 +66,7 @@ def using(
 ) -> Iterator[Library | None]:
     """For tests: another column, number of threads and instruction level within a `with`. Gives its library."""
     global _chosen
-    before = chosen()
+    before, torch_threads = chosen(), torch.get_num_threads()
     select(column, num_threads, path=path)
     opened = library()
     if opened is not None:
@@ -73,20 +74,24 @@ def using(
     try:
         yield opened
     finally:
-        _chosen = before
         if opened is not None:
             opened.set_level("best")
+        if before.library is not None:
+            before.library.set_threads(before.num_threads)
+        torch.set_num_threads(torch_threads)
+        _chosen = before
 
 
 def _open(column: str, num_threads: int, path: Path | None) -> Column:
     if column not in ("auto", "cpu", "torch"):
         raise KernelError(f"column={column!r} must be auto, cpu or torch")
     path = path or find_library(list(lmi_dist.ops.__path__))
-    torch.set_num_threads(num_threads)
     if column == "torch" or (column == "auto" and path is None):
-        return Column("torch", None, f"torch{'' if path else ' (library not built)'}, {num_threads} threads")
+        torch.set_num_threads(num_threads)
+        return Column("torch", None, num_threads, f"torch{'' if path else ' (library not built)'}, {num_threads} threads")
     if path is None:
         raise KernelError("kernels=cpu needs liblmi_cpu.so, which is not built; install the package, or use torch")
     opened = _libraries.get(path) or _libraries.setdefault(path, Library(path))
     opened.set_threads(num_threads)
-    return Column("cpu", opened, f"{opened.describe()}, {num_threads} threads")
+    torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the library's CPUs
+    return Column("cpu", opened, num_threads, f"{opened.describe()}, {num_threads} threads")

@@ -80,11 +80,11 @@ def moe_combine(y: Tensor, weights: Tensor, order: Tensor, *, residual: Tensor |
 
 def moe_combine_torch(y: Tensor, weights: Tensor, order: Tensor, *, residual: Tensor | None = None) -> Tensor:
     shapes = Shapes("moe_combine")
-    shapes.check("y", y, "pairs E", *FLOATS)
     shapes.check("weights", weights, "T top_k", torch.float32)
+    shapes.sizes["pairs"] = weights.numel()
+    shapes.check("y", y, "pairs E", *FLOATS)
     shapes.check("residual", residual, "T E", y.dtype)
-    shapes.require(_top_k(shapes, order, len(weights)) == weights.shape[1], f"order must have {weights.numel()} entries")
-    shapes.check("order", order, "pairs", torch.int32)
+    _top_k(shapes, order, len(weights))
     by_pair = torch.empty(y.shape, dtype=torch.float32)
     by_pair[order.long()] = y.float()
     out = torch.zeros((weights.shape[0], y.shape[1]))

@@ -92,6 +92,7 @@ def _check(
     shapes.check("slots", slots, "T", int32)
     given = [x is not None for x in (k, v, k_cache, v_cache, slots)]
     shapes.require(all(given) or not any(given), "k, v, k_cache, v_cache and slots must be given together")
+    shapes.require((cos is None) == (sin is None) == (rows is None), "cos, sin and rows must be given together")
     if k_cache is not None and slots is not None:
         num_slots = k_cache.shape[0] * k_cache.shape[2]
         shapes.require(bool((slots < num_slots).all()), f"an entry of slots is beyond the {num_slots} of the cache")

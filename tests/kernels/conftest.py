@@ -29,6 +29,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("library", backends, indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Another library than the installed one: only what runs on it."""
+    if option(config, "library"):
+        items[:] = [item for item in items if "library" in getattr(item, "fixturenames", ())]
+
+
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library under test as the chosen column, at one level and number of threads."""
