@@ -3,6 +3,7 @@
 What depends only on the request was checked when it was made (request.py); here is what depends on model and configuration.
 """
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lmi_dist.text import TextDecoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can say it, UTF-8 and tokenizers cannot
 MIN_TEXT_LIMIT = 1 << 20  # characters that are always tokenised, which takes about a second
 
 
@@ -81,6 +83,8 @@ class Admission:
                 f"max_model_len={self._max_model_len} tokens; shorten it",
                 "prompt",
             )
+        if SURROGATE.search(text):
+            raise RequestError("prompt has half of a surrogate pair, which is no character; send valid Unicode", "prompt")
         ids = tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
         has_two = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self._bos_token_id
         self._check_ids(ids, "prompt")  # a tokenizer may know more tokens than the model

@@ -66,6 +66,7 @@ def test_longest_prompt_leaves_room_for_one_token(admission):
         (ask(("", "")), "prompt", "prompt is empty"),
         (ask(tiny_models.prompt_of(LENGTH)), "prompt", r"has 128 tokens, but at most 127 fit \(max_model_len=128.*set truncate"),
         (ask("fox " * 500_000), "prompt", "has 2000000 characters, but at most 1048576 can fit"),
+        (ask("fox \ud83d fox"), "prompt", "has half of a surrogate pair"),
         (ask((5, 512)), "prompt", "has token id 512; ids of this model are 0 to 511"),
         (ask((5, -1)), "prompt", "has token id -1"),
         (ask(("look: ", ImagePart(b"png"))), "prompt", "has an image, but this model reads only text"),

@@ -406,7 +406,7 @@ def test_failing_candidate_of_a_ranked_request_ends_it(folder, monkeypatch):
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("num_requests", [24, pytest.param(2000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("num_requests", [24, pytest.param(1000, marks=pytest.mark.soak)])
 def test_chaos_leaves_answers_and_blocks_right(folder, monkeypatch, num_requests):
     engine = make(folder, kv_cache_memory_bytes=12 * BLOCK_BYTES, prefill_chunk_tokens=24, max_batch_size=8)
     chance, forward = random.Random(num_requests), engine._runner.forward
@@ -416,21 +416,23 @@ def test_chaos_leaves_answers_and_blocks_right(folder, monkeypatch, num_requests
 
     while to_come or engine.has_work:
         said = engine.abort(f"r{chance.randrange(num_requests)}") if chance.random() < 0.05 else []
-        if to_come and chance.random() < 0.4:
+        if to_come and engine.stats().num_waiting < 16 and chance.random() < 0.4:
             engine.add(to_come.pop())
         for output in [*said, *engine.step()]:
             outputs[output.request_id].append(output)
 
-    quiet, reasons = make(folder, enable_prefix_caching=False), set()
-    assert engine.stats().num_free_blocks == 12
+    reasons, quiet = set(), make(folder, enable_prefix_caching=False)
     for request in requests:
+        lone = run(quiet, request)[request.id]
         for index in range(request.params.n):
-            text = answer(outputs[request.id], index)
-            lone = run(quiet, request)[request.id]
-            reasons.add(outputs[request.id][-1].finish_reason)
-            assert answer(lone, index).startswith(text)
-            if [o for o in outputs[request.id] if o.index == index][-1].finish_reason not in ("abort", "error"):
-                assert ids_of(outputs[request.id], index) == ids_of(lone, index)
+            text, ids = answer(outputs[request.id], index), ids_of(outputs[request.id], index)
+            reason = next(o.finish_reason for o in outputs[request.id] if o.index == index and o.finish_reason)
+            reasons.add(reason)
+            if reason in ("abort", "error"):
+                assert ids == ids_of(lone, index)[: len(ids)]
+            else:
+                assert (text, ids) == (answer(lone, index), ids_of(lone, index))
+    assert engine.stats().num_free_blocks == 12
     assert {"length", "abort", "error"} <= reasons
 
 
