@@ -57,6 +57,7 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = {}
         for file in _files(folder):
             self.tensors = {**self.tensors, **_contents(file)}
+        self._pickle: _OpenPickle | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -70,7 +71,26 @@ class Checkpoint:
             if info.file.suffix == ".safetensors":
                 with safe_open(info.file, "pt") as file:
                     return _cut(file.get_slice(name), len(info.shape), rows, columns)
-            return _cut(_load_pickle(info.file)[name], len(info.shape), rows, columns)
+            return _cut(self._open_pickle(info.file).read(name), len(info.shape), rows, columns)
+
+    def _open_pickle(self, file: Path) -> "_OpenPickle":
+        budget = max(PIECE_BYTES, self.size_bytes // 32)
+        if self._pickle is None or self._pickle.file != file or self._pickle.served_bytes > budget:
+            self._pickle = None  # the old mapping goes before the new one comes
+            self._pickle = _OpenPickle(file)
+        return self._pickle
+
+
+class _OpenPickle:
+    """A torch file whose index takes long to read, so that its mapping serves several tensors; a Checkpoint opens it anew when the
+    pages read through it have come to a small share of the model."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.tensors, self.served_bytes = file, _load_pickle(file), 0
+
+    def read(self, name: str) -> torch.Tensor:
+        self.served_bytes += min(self.tensors[name].nbytes, PIECE_BYTES)
+        return self.tensors[name]
 
 
 def _cut(view: Any, dims: int, rows: slice, columns: slice) -> torch.Tensor:
@@ -93,6 +113,7 @@ class Weights:
         self.checkpoint, self.dtype, self.ranks = checkpoint, dtype, ranks
         self.format = kind  # a row of quant's table
         self._advance = advance
+        self._buffer = torch.empty(0, dtype=dtype)
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
@@ -107,8 +128,8 @@ class Weights:
     def pieces(
         self, name: str, shape: tuple[int, ...], rows: slice = WHOLE, columns: slice = WHOLE
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """The same without a copy of the whole: (row of the slice, some rows from there on), ascending. A piece is mapped and
-        must not be kept or written."""
+        """The same without a copy of the whole: (row of the slice, some rows from there on), ascending. A piece must not be
+        written, and is gone when the next one comes."""
         info = self.checkpoint.tensors.get(name)
         if info is None or info.shape != shape:
             raise _mismatch([name] if info is None else [], [] if info is None else [_wrong(name, info, shape)])
@@ -116,8 +137,16 @@ class Weights:
         step = max(1, PIECE_BYTES * shape[0] // max(info.size_bytes, 1))
         for first in range(mine.start, mine.stop, step):
             part = slice(first, min(first + step, mine.stop))
-            yield first - mine.start, self.checkpoint.read(name, part, columns).to(self.dtype)
+            yield first - mine.start, self._converted(self.checkpoint.read(name, part, columns))
             self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
+
+    def _converted(self, piece: torch.Tensor) -> torch.Tensor:
+        """In the model's dtype: in one buffer for all, since thousands of short-lived ones would leave the heap full of holes."""
+        if piece.dtype == self.dtype:
+            return piece
+        if piece.numel() > self._buffer.numel():
+            self._buffer = torch.empty(piece.numel(), dtype=self.dtype)
+        return self._buffer[: piece.numel()].view(piece.shape).copy_(piece)
 
 
 class Inventory(Weights):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
-from lmi_dist.kv_cache import plan_memory
+from lmi_dist.kv_cache import KVCache, MemoryPlan, plan_memory
 from lmi_dist.models import read_config
 from lmi_dist.plan import Chunk
 from lmi_dist.runner import Runner
@@ -27,6 +27,12 @@ class Course:
     @property
     def rows(self) -> torch.Tensor:
         return torch.stack(self.logits)
+
+
+def make_cache(num_blocks: int = 1) -> KVCache:
+    """A small pool for tests of what only needs to be given one."""
+    facts = {"max_model_len": 64, "available_bytes": 0, "weights_bytes": 0, "working_bytes": 0, "block_bytes": 0}
+    return KVCache(MemoryPlan(dtype="fp32", num_blocks=num_blocks, arithmetic=(), **facts), 1, 1, 8)
 
 
 def make_runner(folder: Path, kernels: str = "cpu", **values: Any) -> Runner:

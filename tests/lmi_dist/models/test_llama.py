@@ -1,7 +1,7 @@
 """Llama and Mistral against transformers on tiny random checkpoints, and the promise of equal bits in any company (CPU column)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,20 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, Reference
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lmi_dist import ops
 from lmi_dist.errors import CheckpointError, ConfigError
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.runner import Runner
 
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order
 Settled = tuple[Path, PreTrainedModel, list[Reference]]
+
+
+@pytest.fixture(autouse=True)
+def _column_as_before() -> Iterator[None]:
+    """A runner chooses for the whole process; what comes after these tests finds what was before."""
+    with ops.using("cpu", 1):
+        yield
 
 
 @pytest.fixture(scope="module")
