@@ -1,125 +1,16 @@
-/* Penalties, choice of a token, log probabilities. A row of logits belongs to one thread. Sums over the vocabulary are made of
- * blocks of 64 in float, added in double in ascending order. Choosing reads a row three or four times and sorts nothing: borders of
- * top-k, top-p and typical-p are found by halving (quickselect on weights), and Gumbel noise is computed only where it can win. */
-#include <algorithm>
-#include <atomic>
+/* The choice of a token. A row is read three or four times and nothing is sorted: the borders of top-k, top-p and typical-p are
+ * found by partition (quickselect on weights), and Gumbel noise is computed only where it can win. */
 #include <cmath>
-#include <limits>
 #include <vector>
 
-#include "common/math.h"
-#include "common/rows.h"
+#include "cpu/logits.h"
 
 namespace lmi::LMI_LEVEL {
 namespace {
 
-constexpr int64_t kBlock = 64;
-constexpr int64_t kRowsAShare = 64; /* penalties touch few logits of a row */
-constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-const float *floats(const lmi_tensor &tensor) { return static_cast<const float *>(tensor.data); }
-
-/* fn(begin, end) for shares of the rows; it returns the first row that it cannot do, or end. The first of those is refused. */
-template <class Function>
-void for_rows(int64_t rows, int64_t columns, Function fn) {
-  std::atomic<int64_t> first_bad{rows};
-  parallel_for(rows, rows_a_share(columns), [&](int64_t begin, int64_t end) {
-    const int64_t bad = fn(begin, end);
-    int64_t seen = first_bad.load();
-    while (bad < end && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) continue;
-  });
-  if (first_bad.load() == rows) return;
-  refuse("row " + std::to_string(first_bad.load()) + " of logits has a NaN, or no logit above -infinity");
-}
-
-/* ---- sums over a row ---- */
-
-/* The greatest logit; NaN if there is one among them. */
-float max_of(const float *logits, int64_t n) {
-  float max[kBlock];
-  int32_t nan[kBlock] = {};
-  std::fill_n(max, kBlock, kNever);
-  const auto look = [&](int64_t i, int64_t size) {
-    for (int64_t j = 0; j < size; ++j) {
-      max[j] = logits[i + j] > max[j] ? logits[i + j] : max[j];
-      nan[j] |= logits[i + j] != logits[i + j];
-    }
-  };
-  for (int64_t i = 0; i + kBlock <= n; i += kBlock) look(i, kBlock);
-  look(n / kBlock * kBlock, n % kBlock);
-  const bool has_nan = std::any_of(nan, nan + kBlock, [](int32_t lane) { return lane != 0; });
-  return has_nan ? std::numeric_limits<float>::quiet_NaN() : *std::max_element(max, max + kBlock);
-}
-
-bool can_be_drawn(float max) { return max > kNever; /* false for NaN */ }
-
-template <class Term>
-double sum_block(int64_t first, int64_t size, Term term) {
-  float terms[kBlock] = {};
-  for (int64_t j = 0; j < size; ++j) terms[j] = term(first + j);
-  for (int64_t half = kBlock / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) terms[j] += terms[j + half];
-  }
-  return static_cast<double>(terms[0]);
-}
-
-/* sum of term(i) for i < n */
-template <class Term>
-double sum_terms(int64_t n, Term term) {
-  double total = 0.0;
-  for (int64_t i = 0; i + kBlock <= n; i += kBlock) total += sum_block(i, kBlock, term);
-  return total + sum_block(n / kBlock * kBlock, n % kBlock, term);
-}
-
 /* logits := those relative to max, which becomes 0 though it be infinite, divided by temperature. */
 void shift(float *logits, int64_t n, float max, float temperature) {
   for (int64_t i = 0; i < n; ++i) logits[i] = logits[i] == max ? 0.0f : (logits[i] - max) / temperature;
-}
-
-/* ---- penalties ---- */
-
-void penalize_history(const lmi_penalize_args &args, int64_t row, float *logits) {
-  const float repetition = floats(args.repetition)[row];
-  const float presence = floats(args.presence)[row], frequency = floats(args.frequency)[row];
-  for (int64_t i = integers(args.history_starts)[row]; i < integers(args.history_starts)[row + 1]; ++i) {
-    float &logit = logits[integers(args.history_ids)[i]];
-    const float count = static_cast<float>(integers(args.history_counts)[i]);
-    logit = logit > 0.0f ? logit / repetition : logit * repetition;
-    logit -= frequency * count + (count > 0.0f ? presence : 0.0f);
-  }
-}
-
-void add_bias(const lmi_penalize_args &args, int64_t row, float *logits) {
-  for (int64_t i = integers(args.bias_starts)[row]; i < integers(args.bias_starts)[row + 1]; ++i) {
-    logits[integers(args.bias_ids)[i]] += floats(args.bias_values)[i];
-  }
-}
-
-/* starts: I32 [R+1] over ids: I32 [entries] below V. */
-void check_pieces(const std::string &name, const lmi_tensor &starts, const lmi_tensor &ids, const lmi_tensor &logits) {
-  check_dims((name + "_ids").c_str(), ids, 1);
-  check_dtype((name + "_ids").c_str(), ids, LMI_I32);
-  check((name + "_starts").c_str(), starts, LMI_I32, {{"R+1", logits.size[0] + 1}});
-  check_starts((name + "_starts").c_str(), starts, ids.size[0]);
-  for (int64_t i = 0; i < ids.size[0]; ++i) {
-    const int64_t id = integers(ids)[i];
-    if (id < 0 || id >= logits.size[1]) refuse(name + "_ids has " + std::to_string(id) + "; ids are 0 to V-1");
-  }
-}
-
-void check_penalties(const lmi_penalize_args &args) {
-  const int64_t rows = args.logits.size[0];
-  if (is_given(args.history_starts)) {
-    check_pieces("history", args.history_starts, args.history_ids, args.logits);
-    check("history_counts", args.history_counts, LMI_I32, {{"entries", args.history_ids.size[0]}});
-    check("repetition", args.repetition, LMI_F32, {{"R", rows}});
-    check("presence", args.presence, LMI_F32, {{"R", rows}});
-    check("frequency", args.frequency, LMI_F32, {{"R", rows}});
-  }
-  if (is_given(args.bias_starts)) {
-    check_pieces("bias", args.bias_starts, args.bias_ids, args.logits);
-    check("bias_values", args.bias_values, LMI_F32, {{"entries", args.bias_ids.size[0]}});
-  }
 }
 
 /* ---- what is left to draw from ---- */
@@ -231,7 +122,7 @@ struct Stream {
   uint32_t position;
 };
 
-/* Word 0 of Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with counter (id, position, 0, 0). */
+/* Word 0 of Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), counter (id, position, 0, 0). */
 inline uint32_t philox(Stream stream, uint32_t id) {
   uint32_t c0 = id, c1 = stream.position, c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = static_cast<uint32_t>(stream.seed >> 32);
@@ -259,7 +150,7 @@ struct Draw {
   }
 };
 
-/* l + gumbel(u) > s needs 1 - u < 1 - exp(-e^(l-s)) <= e^l * e^-s: one product instead of two logarithms leaves out all but a few. */
+/* l + gumbel(u) > s needs 1 - u < 1 - exp(-e^(l-s)) <= e^l * e^-s: one product instead of two logarithms leaves out most. */
 void draw_block(const Candidates &left, Stream stream, int64_t first, int64_t size, Draw &draw) {
   uint32_t words[kBlock];
   int32_t may_win[kBlock];
@@ -321,12 +212,6 @@ bool choose(const lmi_sample_args &args, int64_t row, Scratch &scratch) {
   return true;
 }
 
-void check_logits(const lmi_tensor &logits) {
-  check_dims("logits", logits, 2);
-  check_dtype("logits", logits, LMI_F32);
-  require(logits.size[1] > 0, "V must be at least 1");
-}
-
 void check_choice(const lmi_sample_args &args) {
   check_logits(args.logits);
   const Size rows = {"R", args.logits.size[0]};
@@ -340,111 +225,18 @@ void check_choice(const lmi_sample_args &args) {
   check("ids", args.ids, LMI_I32, {rows});
   for (int64_t row = 0; row < rows.value; ++row) {
     const float temperature = floats(args.temperature)[row], min_p = floats(args.min_p)[row];
-    if (!(temperature >= 0.0f)) refuse("row " + std::to_string(row) + " has a negative temperature");
-    if (!(min_p <= 1.0f)) refuse("row " + std::to_string(row) + " has min_p above 1, which leaves no token");
+    require(temperature >= 0.0f, "temperature must be at least 0");
+    require(min_p <= 1.0f, "min_p must be at most 1");
   }
-}
-
-/* ---- log probabilities ---- */
-
-/* log_softmax(logits)[i] = (logits[i] relative to max) - log(sum of e^those) */
-struct LogSoftmax {
-  const float *logits;
-  float max;
-  double log_sum;
-
-  LogSoftmax(const float *logits, int64_t n, float max) : logits(logits), max(max), log_sum(std::log(sum(n))) {}
-  double sum(int64_t n) const {
-    return sum_terms(n, [&](int64_t i) { return logits[i] == max ? 1.0f : exp_of(logits[i] - max); });
-  }
-  float operator()(int64_t id) const {
-    const double relative = logits[id] == max ? 0.0 : static_cast<double>(logits[id]) - static_cast<double>(max);
-    return static_cast<float>(relative - log_sum);
-  }
-};
-
-int32_t rank_of(const float *logits, int64_t n, float logit) {
-  int32_t larger = 0;
-  for (int64_t i = 0; i < n; ++i) larger += logits[i] > logit;
-  return larger;
-}
-
-/* The `num` best ids, best first: a heap with the worst of them in front. */
-std::vector<int32_t> best_ids(const float *logits, int64_t n, int64_t num) {
-  const auto is_better = [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
-  std::vector<int32_t> best;
-  for (int32_t id = 0; id < n && num > 0; ++id) {
-    const bool is_full = static_cast<int64_t>(best.size()) == num;
-    if (is_full && !(logits[id] > logits[best.front()])) continue;
-    if (is_full) {
-      std::pop_heap(best.begin(), best.end(), is_better);
-      best.pop_back();
-    }
-    best.push_back(id);
-    std::push_heap(best.begin(), best.end(), is_better);
-  }
-  std::sort_heap(best.begin(), best.end(), is_better);
-  return best;
-}
-
-bool tell(const lmi_logprobs_args &args, int64_t row) {
-  const float *logits = static_cast<const float *>(at(args.logits, row));
-  const int64_t n = args.logits.size[1];
-  const float max = max_of(logits, n);
-  if (!can_be_drawn(max)) return false;
-  const LogSoftmax log_softmax(logits, n, max);
-  const int32_t id = integers(args.ids)[row];
-  static_cast<float *>(args.values.data)[row] = log_softmax(id);
-  static_cast<int32_t *>(args.ranks.data)[row] = rank_of(logits, n, logits[id]);
-  if (!is_given(args.top_ids)) return true;
-  const std::vector<int32_t> best = best_ids(logits, n, args.top_ids.size[1]);
-  float *values = static_cast<float *>(at(args.top_values, row));
-  std::copy(best.begin(), best.end(), static_cast<int32_t *>(at(args.top_ids, row)));
-  for (size_t i = 0; i < best.size(); ++i) values[i] = log_softmax(best[i]);
-  return true;
-}
-
-void check_logprobs(const lmi_logprobs_args &args) {
-  check_logits(args.logits);
-  const Size rows = {"R", args.logits.size[0]};
-  check("ids", args.ids, LMI_I32, {rows});
-  check("values", args.values, LMI_F32, {rows});
-  check("ranks", args.ranks, LMI_I32, {rows});
-  for (int64_t row = 0; row < rows.value; ++row) check_range("ids", integers(args.ids)[row], 0, args.logits.size[1] - 1);
-  if (!is_given(args.top_ids)) return;
-  check_dims("top_ids", args.top_ids, 2);
-  check_range("top", args.top_ids.size[1], 0, args.logits.size[1]);
-  check("top_ids", args.top_ids, LMI_I32, {rows, {"top", args.top_ids.size[1]}});
-  check("top_values", args.top_values, LMI_F32, {rows, {"top", args.top_ids.size[1]}});
 }
 
 }  // namespace
-
-void penalize(const lmi_penalize_args &args) {
-  check_logits(args.logits);
-  check_penalties(args);
-  parallel_for(args.logits.size[0], kRowsAShare, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      float *logits = static_cast<float *>(at(args.logits, row));
-      if (is_given(args.history_starts)) penalize_history(args, row, logits);
-      if (is_given(args.bias_starts)) add_bias(args, row, logits);
-    }
-  });
-}
 
 void sample(const lmi_sample_args &args) {
   check_choice(args);
   for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
     Scratch scratch(static_cast<size_t>(args.logits.size[1]));
     while (begin < end && choose(args, begin, scratch)) ++begin;
-    return begin;
-  });
-}
-
-void logprobs(const lmi_logprobs_args &args) {
-  check_logprobs(args);
-  for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
-    while (begin < end && tell(args, begin)) ++begin;
     return begin;
   });
 }

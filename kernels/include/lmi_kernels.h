@@ -4,7 +4,8 @@
  * Shape letters: T tokens in the batch, B sequences, E hidden, H query heads, K key heads, D head size, F features out,
  * V vocabulary, N blocks, P tokens a block, X experts, R rows wanted. Rules that hold for every operation:
  *  - x, out and weights are F32, BF16 or F16 (one dtype a call unless a line says otherwise); sums are in float.
- *  - the last dimension of a tensor has stride 1; other strides are free. A tensor with data == NULL is absent.
+ *  - the last dimension of a tensor has stride 1; other strides are free. A tensor with dims == 0 is absent; one without elements
+ *    needs no data. What is not called optional must be given.
  *  - sums are cut at fixed absolute positions, so a row's bits do not depend on the other rows, on how many there are or
  *    on the number of threads.
  *  - every operation takes one argument struct, which the caller keeps alive until the stream has run it, and returns
@@ -75,7 +76,8 @@ LMI_API lmi_status lmi_layer_norm(const lmi_layer_norm_args *args, lmi_stream st
  *   (a, b) := (a*cos[r,i] - b*sin[r,i], b*cos[r,i] + a*sin[r,i])
  * in place in q: [T,H,D]; the rotated k: [T,K,D] and v: [T,K,D] go to slot s = slots[t] of the caches [N,K,P,D]:
  *   cache[s / P, :, s % P, :]; s < 0 writes nothing. k itself is rotated in place too.
- * cos, sin: F32 [rows,half] or absent (no rotation); rows, slots: I32 [T]. q absent: only the write. k, v absent: only q. */
+ * cos, sin: F32 [R,half], rows: I32 [T], or all three absent (no rotation). k, v, both caches and slots: I32 [T], or all absent (only q). q
+ * absent: no q. An entry of rows outside of [0, R) or of slots from N*P on is refused. */
 typedef struct {
   lmi_tensor q, k, v, cos, sin, rows, k_cache, v_cache, slots;
   int32_t interleaved;
@@ -93,7 +95,8 @@ LMI_API lmi_status lmi_rotary(const lmi_rotary_args *args, lmi_stream stream);
  *   key j counts if (causal == 0 or j <= p) and (window == 0 or p - window < j); out[i,h,:] = sum_j softmax(s)[j] v[j,g,:]
  * out, q: [T,H,D]; D a multiple of 8 up to 256; caches [N,K,P,D], of q's dtype; starts: I32 [B+1]; key_lengths: I32 [B];
  * tables: I32 [B,max_blocks], entries before the window may be negative. Keys are taken in tiles of 64 and splits of 512 that
- * are merged in ascending order. Cross attention: causal 0, a table and lengths of the encoder's own. A row without keys gives 0. */
+ * are merged in ascending order. Cross attention: causal 0, a table and lengths of the encoder's own. A row without keys gives 0.
+ * At least 2 buckets (causal 0: 4), max_distance above the number of buckets for exact distances, half of a direction's. */
 typedef struct {
   lmi_tensor out, q, k_cache, v_cache, starts, key_lengths, tables, alibi, relative_bias;
   float scale, soft_cap;
@@ -111,7 +114,8 @@ LMI_API int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_feature
 /* Writes rows [row_offset, row_offset + rows) of a weight [F,E] into its packed place; pieces of a fused weight are packed one by one.
  * LMI_DENSE:  w: [rows,E].
  * LMI_INT8, LMI_INT4: w: U8 [rows,E], one value a byte (0..255, 0..15); scales: [rows,E/group] in dtype; zeros: U8, same shape:
- *             the weight is (w - zero) * scale, dequantised in float. */
+ *             the weight is (w - zero) * scale, dequantised in float.
+ * Every row must be written before the weight is used; the bytes need no other initialisation. */
 typedef struct {
   lmi_tensor packed, w, scales, zeros;
   int64_t out_features, in_features, row_offset, group;
@@ -202,22 +206,24 @@ typedef struct {
 } lmi_penalize_args;
 LMI_API lmi_status lmi_penalize(const lmi_penalize_args *args, lmi_stream stream);
 
-/* ids[r] = argmax of logits[r,:] (ties: lowest id) where temperature[r] == 0. Else, with l = logits / temperature, tokens are left out by, in
- * this order, each on what the one before has left, renormalised:
+/* ids[r] = argmax of logits[r,:] (ties: lowest id) where temperature[r] == 0. Else, with l = (logits - max) / temperature, 0 for the max
+ * though it be infinite, tokens are left out by, in this order, each on what the one before has left, renormalised:
  *   top_k > 0:    all but the top_k largest (ties at the border stay)
  *   top_p < 1:    all but the most probable ones whose sum first reaches top_p (at least one; ties at the border stay)
  *   typical_p < 1: all but those with |-log p - entropy| smallest whose sum first reaches typical_p (at least one; ties stay)
  *   min_p > 0:    those with p < min_p * max p
  * and ids[r] = argmax_v (l[v] + gumbel(v)), gumbel(v) = -log(-log(u)), u = (x + 0.5) * 2^-32,
  * x = word 0 of Philox-4x32-10 (Salmon et al. 2011) with key (seed & 0xffffffff, seed >> 32) and counter (v, position, 0, 0).
- * logits: F32 [R,V]; temperature, top_p, typical_p, min_p: F32 [R]; top_k: I32 [R]; seeds: U64 [R]; positions, ids: I32 [R]. logits is scratch. */
+ * logits: F32 [R,V]; temperature, top_p, typical_p, min_p: F32 [R]; top_k: I32 [R]; seeds: U64 [R]; positions, ids: I32 [R]. logits is scratch.
+ * A row with a NaN or without a logit above -infinity is LMI_BAD_ARGUMENT, and named. */
 typedef struct {
   lmi_tensor logits, temperature, top_k, top_p, typical_p, min_p, seeds, positions, ids;
 } lmi_sample_args;
 LMI_API lmi_status lmi_sample(const lmi_sample_args *args, lmi_stream stream);
 
 /* log_softmax(logits[r,:]): of ids[r] in values[r], its rank (number of larger logits) in ranks[r], and of the `top` largest (ties: lowest id)
- * in top_values, top_ids: [R,top], descending. logits: F32 [R,V], unchanged; values, top_values: F32; ids, ranks, top_ids: I32. top absent: none. */
+ * in top_values, top_ids: [R,top], descending. logits: F32 [R,V], unchanged; values, top_values: F32; ids, ranks, top_ids: I32. top absent: none.
+ * Bad rows as above. */
 typedef struct {
   lmi_tensor logits, ids, values, ranks, top_values, top_ids;
 } lmi_logprobs_args;

@@ -29,14 +29,14 @@ def attention(
     relative_bias: Tensor | None = None,
     max_distance: int = 128,
 ) -> Tensor:
-    """softmax(scores) v for query rows starts[b] .. starts[b+1]-1 of each sequence b, the last ones of its key_lengths[b] positions.
+    """softmax(scores) v for query rows starts[b] .. starts[b+1]-1 of each sequence b, the last of its key_lengths[b] positions.
 
-    q: [T,H,D], strided or not; caches [N,K,P,D] of its dtype, key j of sequence b in block tables[b, j // P]; H // K heads share keys;
-    starts: int32 [B+1]; key_lengths: int32 [B]; tables: int32 [B,max_blocks], where entries before the window may be negative.
-    window: keys that a row sees, its own included (0: all). soft_cap: Gemma 2's, 0: none. alibi: fp32 [H] slopes (Press et al. 2022).
-    relative_bias: fp32 [buckets,H] with T5's buckets (Raffel et al. 2020), half of them for each direction unless causal.
-    Returns [T,H,D]; a row without keys gives 0. A row's bits do not depend on its batch or chunk (CPU library only). Raises KernelError
-    on shapes, dtypes, and blocks that are not there."""
+    q: [T,H,D], strided or not; caches [N,K,P,D] of its dtype, key j of sequence b in block tables[b, j // P]; H // K heads share
+    keys; starts: int32 [B+1]; key_lengths: int32 [B]; tables: int32 [B,max_blocks], entries before the window may be negative.
+    window: keys that a row sees, its own included (0: all). soft_cap: Gemma 2's, 0: none. alibi: fp32 [H] slopes (Press et al.
+    2022). relative_bias: fp32 [buckets,H] with T5's buckets (Raffel et al. 2020), half of them for each direction unless causal.
+    Returns [T,H,D]; a row without keys gives 0. A row's bits do not depend on its batch or chunk (CPU library only).
+    Raises KernelError on shapes, dtypes, and blocks that are not there."""
     library = column.library()
     if library is None:
         return attention_torch(
@@ -65,7 +65,7 @@ class Scores:
     max_distance: int
 
     def of(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor:
-        """q: [K,G,L,D], k: [K,1,keys,D]; distance: [L,keys], key minus query position. Returns float [K,G,L,keys], -inf where unseen."""
+        """q: [K,G,L,D], k: [K,1,keys,D]; distance: [L,keys], key minus query position. Returns float [K,G,L,keys]; unseen: -inf."""
         scores = self.scale * (q @ k.transpose(-1, -2))
         if self.soft_cap > 0.0:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
@@ -116,8 +116,8 @@ def attention_torch(
     relative_bias: Tensor | None = None,
     max_distance: int = 128,
 ) -> Tensor:
-    _check(q, k_cache, v_cache, starts, key_lengths, tables, alibi, relative_bias, window)
     options = Scores(scale, causal, window, soft_cap, alibi, relative_bias, max_distance)
+    _check(q, k_cache, v_cache, starts, key_lengths, tables, options)
     out = torch.zeros(q.shape, dtype=q.dtype)
     for sequence, (begin, end) in enumerate(pairwise(starts.tolist())):
         num_keys = int(key_lengths[sequence])
@@ -153,9 +153,7 @@ def _check(
     starts: Tensor,
     key_lengths: Tensor,
     tables: Tensor,
-    alibi: Tensor | None,
-    relative_bias: Tensor | None,
-    window: int,
+    options: Scores,
 ) -> None:
     shapes = Shapes("attention")
     shapes.check("q", q, "T H D", *FLOATS)
@@ -164,16 +162,26 @@ def _check(
     shapes.check("key_lengths", key_lengths, "B", torch.int32)
     shapes.check("tables", tables, "B max_blocks", torch.int32)
     shapes.check("starts", starts, "B+1", torch.int32)
-    shapes.check("alibi", alibi, "H", torch.float32)
-    shapes.check("relative_bias", relative_bias, "buckets H", torch.float32)
+    shapes.check("alibi", options.alibi, "H", torch.float32)
+    shapes.check("relative_bias", options.relative_bias, "buckets H", torch.float32)
     sizes = shapes.sizes
     pieces = starts.diff(prepend=starts.new_zeros(1), append=starts.new_full((1,), sizes["T"]))
     shapes.require(sizes["B+1"] == sizes["B"] + 1, "starts must have one entry more than key_lengths")
     shapes.require(bool((pieces >= 0).all()) and int(starts[-1]) == sizes["T"], f"starts must ascend from 0 to {sizes['T']}")
     shapes.require(0 < sizes["D"] <= 256 and sizes["D"] % 8 == 0, "D must be a multiple of 8 up to 256")
     shapes.require(sizes["H"] % sizes["K"] == 0, "K must divide H")
-    shapes.require(window >= 0, "window must be at least 0")
-    _check_tables(shapes, starts, key_lengths, tables, window)
+    shapes.require(options.window >= 0, "window must be at least 0")
+    _check_buckets(shapes, options)
+    _check_tables(shapes, starts, key_lengths, tables, options.window)
+
+
+def _check_buckets(shapes: Shapes, options: Scores) -> None:
+    if options.relative_bias is None:
+        return
+    buckets, ways = shapes.sizes["buckets"], 1 if options.causal else 2
+    shapes.require(buckets >= 2 * ways, "relative_bias must have at least 2 buckets, 4 if not causal")
+    least, most = buckets // (2 * ways) + 1, 1 << 20
+    shapes.require(least <= options.max_distance <= most, f"max_distance={options.max_distance} must be {least} to {most}")
 
 
 def _check_tables(shapes: Shapes, starts: Tensor, key_lengths: Tensor, tables: Tensor, window: int) -> None:
@@ -183,6 +191,7 @@ def _check_tables(shapes: Shapes, starts: Tensor, key_lengths: Tensor, tables: T
         shapes.require(0 <= num_keys <= room, f"sequence {sequence} has key_lengths={num_keys}; its table has room for {room}")
         num_queries = int(starts[sequence + 1] - starts[sequence])
         first = max(0, num_keys - num_queries - window + 1) if window else 0
-        needed = tables[sequence, first // shapes.sizes["P"] : math.ceil(num_keys / shapes.sizes["P"])]
-        are_there = bool(((needed >= 0) & (needed < shapes.sizes["N"])).all())
-        shapes.require(num_queries == 0 or are_there, f"sequence {sequence} has a block in its table that is not 0 to N-1")
+        needed = tables[sequence, first // shapes.sizes["P"] : math.ceil(num_keys / shapes.sizes["P"])].tolist()
+        for block in needed if num_queries else ():
+            where = f"sequence {sequence} has block {block} in its table"
+            shapes.require(0 <= block < shapes.sizes["N"], f"{where}; it must be 0 to N-1")

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lmi_dist.errors import KernelError
 from lmi_dist.ops import column
 from lmi_dist.ops.shapes import Shapes
 
@@ -25,9 +26,10 @@ def penalize(
 ) -> None:
     """Repetition (Keskar et al. 2019), then presence and frequency penalty, then bias, in place on logits: fp32 [R,V].
 
-    Row r's history: history_ids (each once) and history_counts (how often generated; 0: only in the prompt) from history_starts[r] to
-    history_starts[r+1]; its bias: bias_ids, bias_values from bias_starts[r] to bias_starts[r+1]. repetition, presence, frequency: fp32 [R].
-    Starts, ids and counts: int32. Either group may be None. Raises KernelError on shapes and on ids outside of the vocabulary."""
+    Row r's history: history_ids (each once) and history_counts (how often generated; 0: only in the prompt) from
+    history_starts[r] to history_starts[r+1]; its bias: bias_ids, bias_values from bias_starts[r] to bias_starts[r+1]. repetition,
+    presence, frequency: fp32 [R]. Starts, ids and counts: int32. Either group may be None. Raises KernelError on shapes and on
+    ids outside of the vocabulary."""
     library = column.library()
     if library is None:
         return penalize_torch(
@@ -55,28 +57,29 @@ def penalize_torch(
     shapes = _logits_shape("penalize", logits)
     if history_starts is not None:
         rows, ids = _pieces(shapes, "history", history_starts, history_ids)
-        shapes.require(history_counts is not None and repetition is not None, "history_counts and repetition must be given")
-        shapes.require(presence is not None and frequency is not None, "presence and frequency must be given")
-        assert history_counts is not None and repetition is not None and presence is not None and frequency is not None
-        shapes.check("history_counts", history_counts, "history", torch.int32)
-        for name, values in (("repetition", repetition), ("presence", presence), ("frequency", frequency)):
-            shapes.check(name, values, "R", torch.float32)
+        counts = _given(shapes, "history_counts", history_counts, "history", torch.int32)
+        factor, once, each = (
+            _given(shapes, name, values, "R", torch.float32)[rows]
+            for name, values in (("repetition", repetition), ("presence", presence), ("frequency", frequency))
+        )
         found = logits[rows, ids]
-        found = torch.where(found > 0, found / repetition[rows], found * repetition[rows])
-        logits[rows, ids] = found - (frequency[rows] * history_counts + presence[rows] * (history_counts > 0))
+        found = torch.where(found > 0, found / factor, found * factor)
+        logits[rows, ids] = found - (each * counts + once * (counts > 0))
     if bias_starts is not None:
         rows, ids = _pieces(shapes, "bias", bias_starts, bias_ids)
-        shapes.require(bias_values is not None, "bias_values must be given")
-        assert bias_values is not None
-        shapes.check("bias_values", bias_values, "bias", torch.float32)
-        logits.index_put_((rows, ids), bias_values, accumulate=True)
+        logits.index_put_((rows, ids), _given(shapes, "bias_values", bias_values, "bias", torch.float32), accumulate=True)
+
+
+def _given(shapes: Shapes, name: str, values: Tensor | None, letters: str, dtype: torch.dtype) -> Tensor:
+    if values is None:
+        raise KernelError(f"{shapes.operation}: {name} is absent; it must be given")
+    shapes.check(name, values, letters, dtype)
+    return values
 
 
 def _pieces(shapes: Shapes, name: str, starts: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and id of each entry."""
-    shapes.require(ids is not None, f"{name}_ids must be given")
-    assert ids is not None
-    shapes.check(f"{name}_ids", ids, name, torch.int32)
+    ids = _given(shapes, f"{name}_ids", ids, name, torch.int32)
     shapes.check(f"{name}_starts", starts, "R+1", torch.int32)
     sizes = starts.diff()
     ascends = bool((sizes >= 0).all()) and int(starts[0]) == 0 and int(starts[-1]) == len(ids)
@@ -95,11 +98,11 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """One id a row: the greatest logit (ties: lowest id) where temperature is 0, else a draw from what top-k, top-p, typical-p and min-p
-    leave, in this order, with noise that is a function of (seed, position, id) only.
+    """One id a row: the greatest logit (ties: lowest id) where temperature is 0, else a draw from what top-k, top-p, typical-p and
+    min-p leave, in this order, with noise that is a function of (seed, position, id) only.
 
-    logits: fp32 [R,V], overwritten; temperature, top_p, typical_p, min_p: fp32 [R]; top_k (0: off), positions: int32 [R]; seeds: uint64 [R].
-    Returns int32 [R]. Raises KernelError on shapes and on a row with a NaN or without a logit above -infinity."""
+    logits: fp32 [R,V], overwritten; temperature, top_p, typical_p, min_p: fp32 [R]; top_k (0: off), positions: int32 [R];
+    seeds: uint64 [R]. Returns int32 [R]. Raises KernelError on shapes and on a row with a NaN or with no logit above -infinity."""
     library = column.library()
     if library is None:
         return sample_torch(logits, temperature, top_k, top_p, typical_p, min_p, seeds, positions)

@@ -1,0 +1,147 @@
+/* Of attention.cc: what is asked of it. The arguments with their checks, who sees which keys, and the biases by distance. */
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/rows.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+constexpr int64_t kTile = 64, kSplit = 512, kUnitRows = 64;
+constexpr int64_t kPad = 32; /* floats that a row of values is filled up to a multiple of */
+
+struct Range {
+  int64_t first, last;
+  bool is_empty() const { return first >= last; }
+};
+
+Range common(Range a, Range b) { return {std::max(a.first, b.first), std::min(a.last, b.last)}; }
+
+struct Problem {
+  const lmi_attention_args &args;
+  int64_t num_sequences, num_kv_heads, group, size, padded, block_size;
+  std::vector<float> bias; /* [H, 2 * max_distance + 1]: the relative bias by key minus query position */
+
+  int64_t start(int64_t sequence) const { return integers(args.starts)[sequence]; }
+  int64_t num_queries(int64_t sequence) const { return start(sequence + 1) - start(sequence); }
+  int64_t num_keys(int64_t sequence) const { return integers(args.key_lengths)[sequence]; }
+  int64_t position(int64_t sequence, int64_t query) const { return num_keys(sequence) - num_queries(sequence) + query; }
+
+  Range seen(int64_t sequence, int64_t query) const {
+    const int64_t p = position(sequence, query);
+    const int64_t first = args.window ? std::max<int64_t>(0, p - args.window + 1) : 0;
+    return {first, args.causal ? p + 1 : num_keys(sequence)};
+  }
+};
+
+/* Rows first, first + 1, ... of one sequence and key head; row r is query r / group in head r % group of the key head's group. */
+struct Unit {
+  int64_t sequence, head, first, rows;
+};
+
+int64_t query_of(const Problem &problem, const Unit &unit, int64_t row) { return (unit.first + row) / problem.group; }
+
+int64_t head_of(const Problem &problem, const Unit &unit, int64_t row) {
+  return unit.head * problem.group + (unit.first + row) % problem.group;
+}
+
+/* Keys that any row of the unit sees: both ends grow with the query. */
+Range seen_by_unit(const Problem &problem, const Unit &unit) {
+  const Range first = problem.seen(unit.sequence, query_of(problem, unit, 0));
+  const Range last = problem.seen(unit.sequence, query_of(problem, unit, unit.rows - 1));
+  return {first.first, std::max(first.first, last.last)};
+}
+
+/* At least one, though it be empty. */
+Range splits_of(const Problem &problem, const Unit &unit) {
+  const Range keys = seen_by_unit(problem, unit);
+  if (keys.is_empty()) return {0, 1};
+  return {keys.first / kSplit, (keys.last + kSplit - 1) / kSplit};
+}
+
+/* The bucket of T5 (Raffel et al. 2019, as Mesh TensorFlow computes it in float) for key minus query position. */
+int64_t bucket_of(int64_t distance, int64_t num_buckets, int64_t max_distance, bool causal) {
+  const int64_t half = causal ? num_buckets : num_buckets / 2, exact = half / 2;
+  const int64_t base = !causal && distance > 0 ? half : 0;
+  const int64_t size = causal ? std::max<int64_t>(-distance, 0) : std::abs(distance);
+  if (size < exact) return base + size;
+  const float ratio = std::log(static_cast<float>(size) / static_cast<float>(exact));
+  const float range = static_cast<float>(std::log(static_cast<double>(max_distance) / static_cast<double>(exact)));
+  const int64_t above = static_cast<int64_t>(ratio / range * static_cast<float>(half - exact));
+  return base + std::min(exact + above, half - 1);
+}
+
+/* From max_distance on, all distances share a bucket. */
+std::vector<float> bias_by_distance(const lmi_attention_args &args) {
+  const int64_t heads = args.relative_bias.size[1], far = args.max_distance;
+  std::vector<float> bias(static_cast<size_t>(heads * (2 * far + 1)));
+  for (int64_t distance = -far; distance <= far; ++distance) {
+    const int64_t bucket = bucket_of(distance, args.relative_bias.size[0], far, args.causal != 0);
+    const float *row = static_cast<const float *>(at(args.relative_bias, bucket));
+    for (int64_t head = 0; head < heads; ++head) bias[static_cast<size_t>(head * (2 * far + 1) + far + distance)] = row[head];
+  }
+  return bias;
+}
+
+void check_bias(const lmi_attention_args &args) {
+  if (!is_given(args.relative_bias)) return;
+  check_dims("relative_bias", args.relative_bias, 2);
+  const int64_t buckets = args.relative_bias.size[0];
+  check("relative_bias", args.relative_bias, LMI_F32, {{"buckets", buckets}, {"H", args.q.size[1]}});
+  require(buckets >= (args.causal ? 2 : 4), "relative_bias must have at least 2 buckets, 4 if not causal");
+  check_range("max_distance", args.max_distance, buckets / (args.causal ? 2 : 4) + 1, 1 << 20);
+}
+
+void check_shapes(const lmi_attention_args &args) {
+  check_dims("q", args.q, 3);
+  check_dims("k_cache", args.k_cache, 4);
+  check_dims("starts", args.starts, 1);
+  check_dims("tables", args.tables, 2);
+  const int64_t *q = args.q.size, *cache = args.k_cache.size, sequences = args.starts.size[0] - 1;
+  check_float("q", args.q);
+  check("out", args.out, args.q.dtype, {{"T", q[0]}, {"H", q[1]}, {"D", q[2]}});
+  check("k_cache", args.k_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
+  check("v_cache", args.v_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
+  check("key_lengths", args.key_lengths, LMI_I32, {{"B", sequences}});
+  check("tables", args.tables, LMI_I32, {{"B", sequences}, {"max_blocks", args.tables.size[1]}});
+  check_dtype("starts", args.starts, LMI_I32);
+  check_starts("starts", args.starts, q[0]);
+  check_optional("alibi", args.alibi, LMI_F32, {{"H", q[1]}});
+  require(q[2] > 0 && q[2] <= 256 && q[2] % 8 == 0, "D must be a multiple of 8 up to 256");
+  require(cache[1] > 0 && q[1] % cache[1] == 0, "K must divide H");
+  require(cache[2] > 0, "P must be at least 1");
+  require(args.window >= 0, "window must be at least 0");
+}
+
+/* Every block that a row of the sequence sees must be there. */
+void check_table(const Problem &problem, int64_t sequence) {
+  const lmi_tensor &tables = problem.args.tables;
+  const int64_t keys = problem.num_keys(sequence), room = tables.size[1] * problem.block_size;
+  const std::string where = "sequence " + std::to_string(sequence);
+  if (keys < 0 || keys > room) {
+    refuse(where + " has key_lengths=" + std::to_string(keys) + "; its table has room for " + std::to_string(room));
+  }
+  if (problem.num_queries(sequence) == 0) return;
+  const int32_t *table = integers(tables) + sequence * tables.stride[0];
+  for (int64_t i = problem.seen(sequence, 0).first / problem.block_size; i * problem.block_size < keys; ++i) {
+    if (table[i] >= 0 && table[i] < problem.args.k_cache.size[0]) continue;
+    refuse(where + " has block " + std::to_string(table[i]) + " in its table; it must be 0 to N-1");
+  }
+}
+
+/* Checks the arguments and looks at them; throws LMI_BAD_ARGUMENT. */
+Problem problem_of(const lmi_attention_args &args) {
+  check_shapes(args);
+  check_bias(args);
+  const int64_t size = args.q.size[2], kv_heads = args.k_cache.size[1];
+  Problem problem{args, args.starts.size[0] - 1, kv_heads, args.q.size[1] / kv_heads, size, (size + kPad - 1) / kPad * kPad,
+                  args.k_cache.size[2], {}};
+  for (int64_t b = 0; b < problem.num_sequences; ++b) check_table(problem, b);
+  if (is_given(args.relative_bias)) problem.bias = bias_by_distance(args);
+  return problem;
+}
+
+}  // namespace
+}  // namespace lmi::LMI_LEVEL

@@ -1,0 +1,324 @@
+"""Attention over blocks: the twin against a dense formula in double, torch's own attention and transformers' buckets; kernels
+against the twin; and the same bits however a prompt is cut. Cache slots that no key owns
+are NaN throughout: nobody may look at them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import attention_reference as reference
+import pytest
+import torch
+from kernel_cases import DTYPES, assert_close, rand, same_bits, strided
+from torch import Tensor
+from torch.nn import functional
+
+from lmi_dist import ops
+from lmi_dist.errors import KernelError
+from lmi_dist.ops.abi import Library
+from lmi_dist.ops.attention import attention_torch, bucket
+
+BLOCK_SIZE = 16
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of an attention call. queries[b] rows stand at the end of lengths[b] keys."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    tables: Tensor
+    queries: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        lengths: tuple[int, ...],
+        queries: tuple[int, ...],
+        heads: tuple[int, int] = (4, 2),
+        size: int = 32,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Batch":
+        counts = [-(-length // BLOCK_SIZE) for length in lengths]
+        blocks = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(1)).int()
+        tables = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+        for row, own in zip(tables, blocks.split([*counts, 1]), strict=False):
+            row[: len(own)] = own
+        caches = [rand(len(blocks), heads[1], BLOCK_SIZE, size, dtype=dtype, seed=seed) for seed in (2, 3)]
+        for cache in caches:
+            cache[blocks[-1]] = NAN
+            for row, length in zip(tables, lengths, strict=True):
+                if length % BLOCK_SIZE:
+                    cache[row[length // BLOCK_SIZE], :, length % BLOCK_SIZE :] = NAN
+        return cls(rand(sum(queries), heads[0], size, dtype=dtype, seed=4), *caches, tables, queries, lengths)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        starts = torch.tensor([0, *self.queries]).cumsum(0).int()
+        return self.q, self.k_cache, self.v_cache, starts, torch.tensor(self.lengths, dtype=torch.int32), self.tables
+
+    def run(self, **options: Any) -> Tensor:
+        return ops.attention(*self.arguments(), **{"scale": self.scale, **options})
+
+    def twin(self, **options: Any) -> Tensor:
+        return attention_torch(*self.arguments(), **{"scale": self.scale, **options})
+
+    def dense(self, **options: Any) -> Tensor:
+        return reference.attention(*self.arguments(), **{"scale": self.scale, **options})
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+
+HEADS = 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "whole": {"causal": False},
+    "window": {"window": 19},
+    "window of one": {"window": 1},
+    "whole window": {"causal": False, "window": 37},
+    "soft cap": {"soft_cap": 2.5},
+    "alibi": {"alibi": torch.tensor([0.5, 0.25, 0.06, 0.004])},
+    "relative": {"relative_bias": rand(32, HEADS, seed=5)},
+    "whole relative": {"causal": False, "relative_bias": rand(32, HEADS, seed=6)},
+    "all": {
+        "window": 70,
+        "soft_cap": 3.0,
+        "alibi": torch.linspace(0.1, 0.4, HEADS),
+        "relative_bias": rand(9, HEADS),
+        "max_distance": 21,
+    },
+}
+by_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+@by_option
+def test_twin_is_the_dense_formula(options: dict[str, Any]) -> None:
+    batch = Batch.of((33, 1, 70, 17), (33, 1, 4, 0))
+
+    assert_close(batch.twin(**options), batch.dense(**options).float())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_twin_is_torchs_own_attention(causal: bool) -> None:
+    batch = Batch.of((48,), (48,), heads=(4, 2))
+    k, v = (cache[batch.tables[0, :3]].transpose(0, 1).reshape(1, 2, 48, 32) for cache in (batch.k_cache, batch.v_cache))
+    q = batch.q.transpose(0, 1)[None]
+
+    expected = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    assert_close(batch.twin(causal=causal), expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 20), (8, 1000), (64, 256), (5, 77)])
+def test_buckets_are_those_of_transformers(causal: bool, num_buckets: int, max_distance: int) -> None:
+    distance = torch.arange(-max_distance - 50, 1 if causal else max_distance + 50)
+
+    assert torch.equal(bucket(distance, num_buckets, max_distance, causal=causal),
+                       reference.bucket(distance, causal, num_buckets, max_distance))  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 300), (64, 256)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernel_uses_the_same_buckets(library: Library, num_buckets: int, max_distance: int, causal: bool) -> None:
+    """All keys are alike but for a bias that grows with the bucket, and value j is 1 at j: each weight tells its bucket."""
+    length = 256
+    batch = Batch.of((length,), (1 if causal else length,), heads=(1, 1), size=256)
+    batch.v_cache[batch.tables[0, :16].long()] = torch.eye(length).view(16, 1, 16, 256)
+    bias = torch.arange(num_buckets)[:, None].float() / 4
+
+    weights = batch.run(scale=0.0, causal=causal, relative_bias=bias, max_distance=max_distance)[:, 0]
+
+    queries = torch.arange(length - len(weights), length)
+    buckets = reference.bucket(torch.arange(length)[None] - queries[:, None], causal, num_buckets, max_distance)
+    assert_close(weights, torch.softmax(buckets / 4, -1))
+
+
+@by_option
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_matches_twin(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
+    batch = Batch.of((130, 1, 600, 64, 17), (130, 1, 3, 1, 0), dtype=dtype)
+
+    assert_close(batch.run(**options), batch.twin(**options))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1), (32, 4)])
+@pytest.mark.parametrize("size", [8, 40, 128, 256])
+def test_attention_takes_any_heads_and_sizes(library: Library, heads: tuple[int, int], size: int) -> None:
+    batch = Batch.of((70, 33, 9), (70, 1, 2), heads=heads, size=size)
+
+    assert_close(batch.run(), batch.twin())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_takes_strided_tensors(library: Library, dtype: torch.dtype) -> None:
+    batch = Batch.of((70, 33), (70, 1), dtype=dtype)
+    qkv = torch.cat([batch.q.flatten(1), rand(71, 128, dtype=dtype)], 1)
+    q = qkv[:, :128].view(71, 4, 32)
+    k_cache, v_cache = (strided(cache.transpose(1, 2)).transpose(1, 2) for cache in (batch.k_cache, batch.v_cache))
+    out, tables = strided(torch.zeros_like(batch.q)), torch.cat([batch.tables, batch.tables], 1)[:, : batch.tables.shape[1]]
+    _, _, _, starts, key_lengths, _ = batch.arguments()
+
+    library.call(
+        "attention", out=out, q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, key_lengths=key_lengths, tables=tables,
+        scale=batch.scale, causal=1,
+    )  # fmt: skip
+
+    assert same_bits(out, batch.run())
+
+
+def test_cross_attention_has_its_own_keys(library: Library) -> None:
+    """More queries than keys: without a mask, each sees them all."""
+    batch = Batch.of((5, 200), (9, 3))
+
+    out = batch.run(causal=False)
+
+    assert_close(out, batch.dense(causal=False).float())
+
+
+def test_row_without_keys_gives_zero(column: str) -> None:
+    """No keys at all; and two of five queries stand before the first of three keys."""
+    out = Batch.of((0, 3), (2, 5)).run()
+
+    assert torch.equal(out[:4], torch.zeros(4, 4, 32))
+    assert out[4:].isfinite().all()
+    assert out[4:].all()
+
+
+def test_batch_without_rows_is_empty(column: str) -> None:
+    assert Batch.of((20,), (0,)).run().shape == (0, 4, 32)
+
+
+# ---- the same bits ----
+
+LONG = 1300  # more than two splits
+
+
+def whole(**options: Any) -> tuple[Batch, Tensor]:
+    batch = Batch.of((LONG,), (LONG,), heads=(4, 2), size=16, dtype=torch.bfloat16)
+    return batch, batch.run(**options)
+
+
+def part(batch: Batch, first: int, last: int) -> Batch:
+    """Rows first .. last-1 of a one-sequence batch as a chunk: later keys are not there yet."""
+    return replace(batch, q=batch.q[first:last], queries=(last - first,), lengths=(last,))
+
+
+SAME_BITS = {name: OPTIONS[name] for name in ("causal", "window", "soft cap", "alibi", "relative", "all")}
+by_same_bits = pytest.mark.parametrize("options", SAME_BITS.values(), ids=SAME_BITS.keys())
+
+
+@by_same_bits
+def test_chunks_of_seven_give_the_same_bits(library: Library, options: dict[str, Any]) -> None:
+    batch, expected = whole(**options)
+
+    chunks = [part(batch, first, min(first + 7, LONG)).run(**options) for first in range(0, LONG, 7)]
+
+    assert same_bits(torch.cat(chunks), expected)
+
+
+@by_same_bits
+def test_decoding_gives_the_same_bits(library: Library, options: dict[str, Any]) -> None:
+    batch, expected = whole(**options)
+    rows = [*range(140), *range(505, 520), *range(1020, 1030), *range(1270, LONG)]
+
+    alone = [part(batch, row, row + 1).run(**options) for row in rows]
+
+    assert same_bits(torch.cat(alone), expected[rows])
+
+
+@by_same_bits
+def test_batching_gives_the_same_bits(library: Library, options: dict[str, Any]) -> None:
+    """The prompt's second half as a chunk, among others, and a decode of the same keys."""
+    batch, expected = whole(**options)
+    others = rand(10, 4, 16, dtype=torch.bfloat16, seed=9)
+    crowd = replace(
+        batch,
+        q=torch.cat([others[:3], batch.q[600:], others[3:], batch.q[-1:]]),
+        tables=batch.tables.expand(4, -1),
+        queries=(3, LONG - 600, 7, 1),
+        lengths=(900, LONG, 7, LONG),
+    )
+
+    out = crowd.run(**options)
+
+    assert same_bits(out[3 : 3 + LONG - 600], expected[600:])
+    assert same_bits(out[-1:], expected[-1:])
+
+
+def test_threads_do_not_change_bits(library: Library, request: pytest.FixtureRequest) -> None:
+    batch, expected = whole()
+    decode = part(batch, LONG - 1, LONG)
+    results = []
+
+    for threads in (1, 2, 3, 7):
+        library.set_threads(threads)
+        results.append((batch.run(), decode.run()))
+
+    assert all(same_bits(prefill, expected) and same_bits(row, expected[-1:]) for prefill, row in results)
+
+
+def test_unseen_keys_do_not_change_bits(library: Library) -> None:
+    """Keys after a row, and before its window, may be anything."""
+    batch, expected = whole(window=19)
+    for cache in (batch.k_cache, batch.v_cache):
+        flat = cache[batch.tables[0, : -(-LONG // BLOCK_SIZE)].long()].transpose(1, 2).flatten(0, 1)
+        flat[:600] = flat[700:] = NAN
+        cache[batch.tables[0, : len(flat) // BLOCK_SIZE].long()] = flat.unflatten(0, (-1, BLOCK_SIZE)).transpose(1, 2)
+
+    assert same_bits(batch.run(window=19)[618:700], expected[618:700])
+
+
+def test_blocks_before_the_window_may_be_gone(library: Library) -> None:
+    batch = Batch.of((600, 100), (3, 1))
+    expected = batch.run(window=50)
+
+    batch.tables[0, : (600 - 3 - 49) // BLOCK_SIZE] = -1
+    batch.tables[1, : 50 // BLOCK_SIZE] = -7
+
+    assert same_bits(batch.run(window=50), expected)
+    assert_close(expected, batch.twin(window=50))
+
+
+# ---- what is refused ----
+
+
+def test_attention_names_the_wrong_shape(column: str) -> None:
+    batch = Batch.of((20, 9), (2, 1))
+
+    with pytest.raises(KernelError, match=r"attention: q has shape \[3, 128\]"):
+        replace(batch, q=batch.q.flatten(1)).run()
+    with pytest.raises(KernelError, match=r"attention: v_cache is .*(F16|float16); it must be .*(F32|float32)"):
+        replace(batch, v_cache=batch.v_cache.half()).run()
+    with pytest.raises(KernelError, match=r"attention: starts must ascend from 0 to 3"):
+        replace(batch, queries=(2, 2)).run()
+    with pytest.raises(KernelError, match=r"attention: D must be a multiple of 8 up to 256"):
+        Batch.of((20,), (1,), size=36).run()
+    with pytest.raises(KernelError, match=r"attention: K must divide H"):
+        replace(batch, q=rand(3, 5, 32)).run()
+    with pytest.raises(KernelError, match=r"attention: alibi has shape \[3\]; it must be \[H=4\]"):
+        batch.run(alibi=torch.ones(3))
+    with pytest.raises(KernelError, match=r"attention: window must be at least 0"):
+        batch.run(window=-1)
+
+
+def test_attention_names_the_sequence_with_a_bad_table(column: str) -> None:
+    batch = Batch.of((20, 9), (2, 1))
+
+    with pytest.raises(KernelError, match=r"sequence 1 has key_lengths=49; its table has room for 48"):
+        replace(batch, lengths=(20, 49)).run()
+    batch.tables[0, 1] = len(batch.k_cache)
+    with pytest.raises(KernelError, match=r"sequence 0 has block 4 in its table; it must be 0 to N-1"):
+        batch.run()
+
+
+def test_attention_names_bad_buckets(column: str) -> None:
+    batch = Batch.of((20,), (1,))
+
+    with pytest.raises(KernelError, match=r"relative_bias must have at least 2 buckets, 4 if not causal"):
+        batch.run(causal=False, relative_bias=torch.ones(2, 4))
+    with pytest.raises(KernelError, match=r"max_distance=16 must be 17 to 1048576"):
+        batch.run(relative_bias=torch.ones(32, 4), max_distance=16)
