@@ -36,7 +36,7 @@ void check_layout(const char *name, const lmi_tensor &tensor) {
     if (tensor.size[i] < 0) refuse(std::string(name) + " has a negative size: " + shape_text(tensor));
     elements *= tensor.size[i];
   }
-  if (elements > 0 && !is_given(tensor)) refuse(std::string(name) + " is absent; it must be given");
+  if (elements > 0 && !tensor.data) refuse(std::string(name) + " has no data");
   const int32_t last = tensor.dims - 1;
   if (tensor.size[last] > 1 && tensor.stride[last] != 1) {
     refuse(std::string(name) + " has stride " + std::to_string(tensor.stride[last]) + " in its last dimension; it must be 1");

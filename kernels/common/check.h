@@ -24,7 +24,7 @@ struct Size {
 [[noreturn]] void refuse(const std::string &message);
 void require(bool holds, const char *message);
 
-inline bool is_given(const lmi_tensor &tensor) { return tensor.data != nullptr; }
+inline bool is_given(const lmi_tensor &tensor) { return tensor.dims != 0; }
 
 /* Each throws LMI_BAD_ARGUMENT with a sentence that names the tensor, its shape or dtype, and the rule. A tensor without
  * elements needs no data. The last dimension must have stride 1. */

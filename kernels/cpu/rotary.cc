@@ -1,4 +1,5 @@
 /* Rotary embedding of q and k in place, and the write of k and v into their cache slots. A token belongs to one thread. */
+#include <algorithm>
 #include <cstring>
 
 #include "common/rows.h"
@@ -63,30 +64,32 @@ void check_write(const lmi_rotary_args &args) {
   check_indices("an entry of slots", args.slots, INT32_MIN, args.k_cache.size[0] * args.k_cache.size[2]);
 }
 
+bool any_given(std::initializer_list<const lmi_tensor *> tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const lmi_tensor *tensor) { return is_given(*tensor); });
+}
+
 void check_all(const lmi_rotary_args &args, const lmi_tensor &one) {
   check_dims(&one == &args.q ? "q" : "k", one, 3);
-  if (args.q.dims) {
-    check_float("q", args.q);
-  }
-  if (args.k.dims || args.v.dims) check_write(args);
-  if (args.q.dims && args.k.dims) {
+  if (is_given(args.q)) check_float("q", args.q);
+  if (any_given({&args.k, &args.v, &args.k_cache, &args.v_cache, &args.slots})) check_write(args);
+  if (is_given(args.q) && is_given(args.k)) {
     check("k", args.k, args.q.dtype, {{"T", args.q.size[0]}, {"K", args.k.size[1]}, {"D", args.q.size[2]}});
   }
-  if (args.cos.dims || args.sin.dims) check_rotation(args, one.size[0], one.size[2]);
+  if (any_given({&args.cos, &args.sin, &args.rows})) check_rotation(args, one.size[0], one.size[2]);
 }
 
 }  // namespace
 
 void rotary(const lmi_rotary_args &args) {
-  const lmi_tensor &one = args.q.dims ? args.q : args.k;
+  const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
   check_all(args, one);
-  const int64_t heads = (args.q.dims ? args.q.size[1] : 0) + (args.k.dims ? 2 * args.k.size[1] : 0);
+  const int64_t heads = (is_given(args.q) ? args.q.size[1] : 0) + (is_given(args.k) ? 2 * args.k.size[1] : 0);
   parallel_for(one.size[0], rows_a_share(heads * one.size[2]), [&](int64_t begin, int64_t end) {
     Floats head(one.size[2]);
     for (int64_t t = begin; t < end; ++t) {
-      if (args.cos.dims && args.q.dims) rotate_heads(args, args.q, t, head);
-      if (args.cos.dims && args.k.dims) rotate_heads(args, args.k, t, head);
-      const int64_t slot = args.k.dims ? integers(args.slots)[t] : -1;
+      if (is_given(args.cos) && is_given(args.q)) rotate_heads(args, args.q, t, head);
+      if (is_given(args.cos) && is_given(args.k)) rotate_heads(args, args.k, t, head);
+      const int64_t slot = is_given(args.k) ? integers(args.slots)[t] : -1;
       if (slot < 0) continue;
       write_slot(args.k_cache, args.k, t, slot);
       write_slot(args.v_cache, args.v, t, slot);

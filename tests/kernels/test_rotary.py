@@ -110,6 +110,8 @@ def test_rotary_bits_do_not_depend_on_other_tokens(library: Library) -> None:
         ("rows", torch.full((5,), -1, dtype=torch.int32), r"an entry of rows"),
         ("sin", rand(50, 3), r"sin has shape \[50, 3\]; it must be"),
         ("slots", None, r"slots"),
+        ("k", None, r"k"),
+        ("rows", None, r"rows"),
     ],
 )
 def test_rotary_names_what_is_wrong(column: str, name: str, value: Tensor | None, sentence: str) -> None:
