@@ -13,21 +13,22 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: run test soak lint clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 run: $(STAMPS)/kernels
 	@if [ -n "$$OPTION_MODEL_ID$$MODEL_DIR$$HF_MODEL_ID$$SERVING_LOAD_MODELS" ]; then \
 	  exec $(BIN)/lmi-dist serve; \
 	else \
-	  exec $(BIN)/lmi-dist demo; \
+	  exec $(BIN)/lmi-dist demo --cache .cache; \
 	fi
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
 
-soak: $(STAMPS)/kernels $(STAMPS)/dev
+soak: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/python -m pytest -m soak $(PYTEST)
 
-lint: $(STAMPS)/kernels $(STAMPS)/dev
+lint: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,16 +44,18 @@ $(STAMPS)/base: .ci/constraints.txt
 	$(PIP) scikit-build-core cmake ninja
 	@mkdir -p $(STAMPS) && touch $@
 
-# Editable: Python sources are used where they are; this builds the kernels, too.
-$(STAMPS)/run: $(STAMPS)/base pyproject.toml
-	$(PIP) --no-build-isolation --editable .
-	@touch $@ $(STAMPS)/kernels
+# Editable: Python sources are used where they are; this builds the kernels, too. Once all is installed, a change of the kernels
+# costs only their build.
+INSTALL := $(PIP) --no-build-isolation --editable
 
-$(STAMPS)/dev: $(STAMPS)/run
-	$(PIP) --no-build-isolation --editable '.[dev]'
-	@touch $@ $(STAMPS)/kernels
+$(STAMPS)/dev: $(STAMPS)/base pyproject.toml
+	$(INSTALL) '.[dev]'
+	@touch $@ $(STAMPS)/run $(STAMPS)/kernels
 
-$(STAMPS)/kernels: $(KERNELS) | $(STAMPS)/run
-	@echo "building the kernels"
-	$(PIP) --quiet --no-deps --no-build-isolation --editable .
+$(STAMPS)/kernels: $(KERNELS) $(STAMPS)/base pyproject.toml
+	@if [ $(STAMPS)/run -nt pyproject.toml ] && [ $(STAMPS)/run -nt $(STAMPS)/base ]; then \
+	  echo "building the kernels" && $(INSTALL) . --quiet --no-deps; \
+	else \
+	  $(INSTALL) . && touch $(STAMPS)/run; \
+	fi
 	@touch $@
