@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,12 @@ class ConfigKeys:
             raise self.refuse(name, f"must be an integer of at least {minimum}")
         return value
 
-    def number(self, name: str, default: Any = REQUIRED) -> float:
+    def number(self, name: str, default: Any = REQUIRED, above: float = -math.inf) -> float:
         value = self._get(name, default)
         if value is default and default is not REQUIRED:
             return value  # type: ignore[no-any-return]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(name, "must be a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+            raise self.refuse(name, f"must be a number above {above:g}" if above > -math.inf else "must be a number")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -190,20 +191,23 @@ class RopeConfig:
             original = keys.integer("original_max_position_embeddings", default=original)
         needs_factor = kind in ("linear", "dynamic", "llama3", "yarn")
         longrope = kind == "longrope"
+        low = rope.number("low_freq_factor", above=0.0) if kind == "llama3" else 1.0
         return cls(
             type=next(known for known in ROPE_TYPES if known == kind),
-            theta=rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0)),
+            theta=rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0, above=1.0), above=1.0),
             partial=rope.number("partial_rotary_factor", default=keys.number("partial_rotary_factor", default=1.0)),
-            factor=rope.number("factor") if needs_factor else rope.number("factor", default=max_position / original),
+            factor=rope.number("factor", above=0.0)
+            if needs_factor
+            else rope.number("factor", default=max_position / original, above=0.0),
             original_max_position=original,
             attention_factor=rope.number("attention_factor", default=None),
-            beta_fast=rope.number("beta_fast", default=32.0),
-            beta_slow=rope.number("beta_slow", default=1.0),
+            beta_fast=rope.number("beta_fast", default=32.0, above=0.0),
+            beta_slow=rope.number("beta_slow", default=1.0, above=0.0),
             mscale=rope.number("mscale", default=None),
             mscale_all_dim=rope.number("mscale_all_dim", default=None),
             truncate=rope.boolean("truncate", default=True),
-            low_freq_factor=rope.number("low_freq_factor") if kind == "llama3" else 1.0,
-            high_freq_factor=rope.number("high_freq_factor") if kind == "llama3" else 4.0,
+            low_freq_factor=low,
+            high_freq_factor=rope.number("high_freq_factor", above=low) if kind == "llama3" else 4.0,
             short_factor=rope.numbers("short_factor") if longrope else (),
             long_factor=rope.numbers("long_factor") if longrope else (),
         )

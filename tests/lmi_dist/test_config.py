@@ -137,6 +137,12 @@ def test_model_len_is_bounded_by_positions(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": [1]}, r"rope_scaling=\[1\] must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be a number"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "factor=0 must be a number above 0"),
+        ({"rope_theta": 1}, "rope_theta=1 must be a number above 1"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "high_freq_factor=4 must be a number above 4",
+        ),
         ({"eos_token_id": "2"}, "eos_token_id='2' must be an integer"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
     ],
