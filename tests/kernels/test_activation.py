@@ -33,7 +33,7 @@ def test_activation_twin_is_its_formula(kind: Activation) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(1, 1), (7, 33), (113, 130)])
+@pytest.mark.parametrize("size", [(1, 33), (113, 130)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_activation_matches_twin(
     library: Library, dtype: torch.dtype, kind: Activation, size: tuple[int, int], gated: bool
