@@ -46,7 +46,7 @@ HANDLER_LEVELS = (
         "words",
     ),
     ("host", "settle", "worker"),
-    ("metrics", "server_words"),
+    ("metrics", "page", "server_words"),
     ("front", "properties"),
     ("http", "openai_requests"),
     ("requests", "server"),

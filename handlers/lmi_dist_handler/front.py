@@ -25,6 +25,8 @@ NO_CACHE = {
     "expires": "Thu, 01 Jan 1970 00:00:00 UTC",
 }
 ROUTES = ("/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+OPEN = ("/ping", "/")  # neither tells more than whether the models are well
+QUIET = ("/ping", "/status.json")  # asked every few seconds, for ever
 SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")
 
 
@@ -70,7 +72,7 @@ class Front:
 
     def _guarded(self, scope: Scope) -> ASGIApp:
         """The routes, or the answer to a request without the key."""
-        if self._api_key is None or scope["path"] == "/ping":
+        if self._api_key is None or scope["path"] in OPEN:
             return self._app
         given = Headers(scope=scope).get("authorization", "")
         if hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
@@ -102,7 +104,7 @@ class _Exchange:
 
     def _log(self, seconds: float) -> None:
         path, (client, _) = self._scope["path"], self._scope.get("client") or ("-", 0)
-        level = logging.DEBUG if path == "/ping" else logging.INFO  # asked every few seconds, for ever
+        level = logging.DEBUG if path in QUIET else logging.INFO
         line = '%s "%s %s" %d %d bytes %.3f s %s'
         logger.log(level, line, client, self._scope["method"], path, self._code, self._num_bytes, seconds, self._id)
 

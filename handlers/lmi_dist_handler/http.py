@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lmi_dist import LmiError
+from lmi_dist_handler import page
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
 from lmi_dist_handler.group import Piece, Stream, WorkerLostError
 from lmi_dist_handler.host import Host
@@ -42,6 +43,7 @@ class Served:
     host: Host
     version: str
     model_id: str
+    options: tuple[tuple[str, str, str], ...] = ()  # option, value in use, origin
 
     @property
     def name(self) -> str:
@@ -108,6 +110,7 @@ class Api:
         post, get = ["POST"], ["GET"]
         routes = [
             Route("/", self.root, methods=get),
+            Route("/status.json", self.status, methods=get),
             Route("/ping", self.ping, methods=["GET", "POST", "PUT", "DELETE", "OPTIONS"]),
             Route("/invocations", self.invoke, methods=["POST", "OPTIONS"]),
             Route("/predictions/{model}", self.invoke, methods=post),
@@ -124,9 +127,25 @@ class Api:
         return Front(app, self._metrics, self._server.api_key)
 
     async def root(self, request: Request) -> Response:
+        """The page for a browser; else a few words of JSON."""
+        if page.wants_page(request.headers.get("accept", "")):
+            return page.page()
         models = {name: model.host.state for name, model in self._served.items()}
         return json_response(
             {"server": "lmi-dist", "models": models, "routes": ["/ping", "/invocations", "/v1/chat/completions", "/metrics"]}
+        )
+
+    async def status(self, request: Request) -> Response:
+        """What the page shows, and why."""
+        served = list(self._served.values())
+        stats = await asyncio.gather(*(model.host.stats() for model in served))
+        models = [
+            page.model_status(model.host, model.version, model.model_id, model.options, values)
+            for model, values in zip(served, stats, strict=True)
+        ]
+        uptime_s = round(time.time() - self._started)
+        return json_response(
+            {"server": "lmi-dist", "uptime_s": uptime_s, "models": models, "options": page.rows(self._server.table())}
         )
 
     async def ping(self, request: Request) -> Response:

@@ -51,6 +51,8 @@ ENGINE = {
     "gpu_memory_utilization": "gpu_memory_utilization", "max_logprobs": "max_logprobs", "max_queue_size": "max_queue_size",
 }  # fmt: skip
 
+PLAIN_ENGINE = ("reserved_memory_mb",)  # the same, without `option.`, as DJL calls them
+
 HANDLER = ("rolling_batch", "output_formatter", "tgi_compat")
 
 HOST = {
@@ -58,6 +60,7 @@ HOST = {
     "job_queue_size": "job_queue_size",
     "option.predict_timeout": "predict_timeout",
     "option.model_loading_timeout": "model_loading_timeout",
+    "option.env": "env",
 }
 
 REPLACED = (
@@ -102,7 +105,6 @@ HOST_UNBUILT: dict[str, tuple[tuple[str, ...], str]] = {
     "option.entryPoint": (OURS, "module that answers requests; ours does"),
     "option.handler": (("handle",), "function of it"),
     "option.pythonExecutable": ((), "Python of the workers; ours is that of the server"),
-    "option.env": ((), "variables for the workers; set them for the server"),
     "option.enable_venv": (("false",), "a virtual environment a model"),
     "option.batch_size": (ONE, "static batches; rolling batch needs none"),
     "batch_size": (ONE, "the same"),
@@ -120,7 +122,7 @@ IGNORED = {
     "option.mpi_mode": "workers are always started by mpirun",
     "option.async_mode": "requests always go through asynchronously",
     "option.use_passive_workers": "rank 0 always decides",
-    "option.parallel_loading": "there is one group of workers",
+    "option.parallel_loading": "models load one after the other, so that each plans with the memory that is left",
     "option.modelName": "there is no file name to choose",
     "option.enable_streaming": "the request's `stream` decides",
     "option.device_id": "tensor_parallel_degree and the visible devices decide",
@@ -133,8 +135,12 @@ IGNORED = {
     "option.speculative_telemetry": "nothing is sent anywhere",
     "max_batch_delay": "rolling batch waits for nobody",
     "max_idle_time": "workers are never scaled down",
+    "option.decoding_strategy": "it is of DJL's scheduler engine; use the request's parameters",
+    "option.max_sparsity": "it is of DJL's scheduler engine",
+    "option.max_splits": "it is of DJL's scheduler engine",
+    "option.multi_gpu": "tensor_parallel_degree decides where weights lie",
+    "option.paged_attention": "attention is always paged",
     "required_memory_mb": "memory is planned from the checkpoint",
-    "reserved_memory_mb": "memory is planned from the checkpoint",
     "gpu.required_memory_mb": "memory is planned from the checkpoint",
     "gpu.reserved_memory_mb": "memory is planned from the checkpoint",
     "retry_threshold": "/ping tells the state of the workers",
@@ -147,6 +153,7 @@ IGNORED = {
 def _table() -> dict[str, Option]:
     rows = [
         *(Option(f"option.{name}", "engine", target) for name, target in ENGINE.items()),
+        *(Option(name, "engine", name) for name in PLAIN_ENGINE),
         *(Option(f"option.{name}", "handler", name) for name in HANDLER),
         *(Option(key, "host", target) for key, target in HOST.items()),
         *REPLACED,
@@ -177,3 +184,5 @@ SERVER_IGNORED = frozenset((
     "number_of_netty_threads", "plugin_folder", "features", "rolling_batch_buffer", "prometheus", "download_dir",
     "retry_threshold", "fail_fast", "health_check_override",
 ))  # fmt: skip
+
+SECRETS = ("api_key", "keystore_pass", "env")  # never shown, only whether they are set

@@ -6,6 +6,7 @@ variables that mean one of these; of the server's words: command line, SERVING_*
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,22 @@ from lmi_dist_handler.load_models import (
     hub_entry,
     parse_entries,
 )
-from lmi_dist_handler.options import FORMATTERS, OPTIONS, SERVER_FIELDS, UNBUILT_FORMATTERS, WORKER_PROPERTIES, Formatter, Option
+from lmi_dist_handler.options import (
+    FORMATTERS,
+    HOST,
+    OPTIONS,
+    SECRETS,
+    SERVER_FIELDS,
+    UNBUILT_FORMATTERS,
+    WORKER_PROPERTIES,
+    Formatter,
+    Option,
+)
 from lmi_dist_handler.server_words import server_words
 from lmi_dist_handler.settle import not_built, resolve_degree, settle
 from lmi_dist_handler.words import Word, argument_words, environment_words, file_words, option_words
 
+MASK = "***"
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 OURS = ("lmi-dist", "vllm", "auto")  # values of rolling_batch that mean this engine
 THREE_WAYS = "set OPTION_MODEL_ID to a folder or hub id, or MODEL_DIR to a folder with serving.properties, or SERVING_LOAD_MODELS"
@@ -51,6 +63,12 @@ class ServerSettings(BaseModel):
 
 class HandlerConfig(BaseModel):
     """What a worker needs: how to run the model and how to answer."""
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows (word, value in use, origin); a secret only as set or unset."""
+        words = {field: key for key, field in HOST.items()} | {name: f"SERVING_{name.upper()}" for name in SERVER_FIELDS}
+        names = [name for name in type(self).model_fields if name != "origin"]
+        return [(words[name], _told(name, getattr(self, name)), self.origin.get(name, "default")) for name in names]
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -81,10 +99,14 @@ class ModelSettings:
 
     def table(self) -> list[tuple[str, str, str]]:
         """Rows (option, value in use, origin) of every option that has an effect, then of those given that have none."""
-        rows = [(key, _shown(self._in_use(option)), self.origin.get(option.name, "default")) for key, option in _effective()]
+        rows = [
+            (key, _told(option.name, self._in_use(option)), self.origin.get(option.name, "default")) for key, option in _effective()
+        ]
         idle = [OPTIONS[key] for name in self.values for key in (f"option.{name}", name) if key in OPTIONS]
         ignored = [row for row in idle if row.reader == "ignored"]
-        return rows + [(row.key, self.values[row.name], f"{self.origin[row.name]}; no effect: {row.about}") for row in ignored]
+        return rows + [
+            (row.key, _told(row.name, self.values[row.name]), f"{self.origin[row.name]}; no effect: {row.about}") for row in ignored
+        ]
 
     def _in_use(self, option: Option) -> object:
         if option.reader == "engine":
@@ -293,3 +315,11 @@ def _effective() -> list[tuple[str, Option]]:
 
 def _shown(value: object) -> str:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _told(name: str, value: object) -> str:
+    """The value of an option as anybody may see it."""
+    return MASK if name in SECRETS and value is not None else _shown(value)
+
+
+    """A value as an operator would write it, without the name and password that a url may hold."""
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"://[^/@\s]*@", f"://{MASK}@", value)

@@ -110,7 +110,9 @@ def _served(model: ModelSettings, server: ServerSettings) -> Served:
         step_timeout_s=server.predict_timeout,
         max_in_flight=server.job_queue_size + config.max_batch_size,
     )
-    return Served(Host(model.name, model.folder, model.init_properties(), limits=limits), model.version, config.model)
+    return Served(
+        Host(model.name, model.folder, model.init_properties(), limits=limits), model.version, config.model, tuple(model.table())
+    )
 
 
 def _uvicorn_config(app: Front) -> uvicorn.Config:
