@@ -2,13 +2,8 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +11,11 @@ import httpx
 import openai
 import pytest
 import tiny_models
+from running_server import Server, until
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 GREEDY = {"max_new_tokens": 12, "ignore_eos_token": True}
 ENDLESS = {"inputs": "hello", "stream": True, "parameters": {"max_new_tokens": 8000, "ignore_eos_token": True}}
-WORDS = ("OPTION_", "SERVING_", "HF_", "MODEL_", "ARGS_", "TENSOR_")  # an operator's own would change what is tested
-
-
-class Server:
-    """`lmi-dist serve` on a free port, its log as a list of lines."""
-
-    def __init__(self, *arguments: str, **variables: str) -> None:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(WORDS)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lmi_dist_handler.cli", "serve", "--port", "0", *arguments],
-            env={**environ, **variables},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as stream:
-            self.lines.extend(line.rstrip() for line in iter(stream.readline, ""))
-
-    def _read_line(self, pattern: str) -> str | None:
-        return next((found[1] for line in list(self.lines) if (found := re.search(pattern, line))), None)
-
-    @property
-    def url(self) -> str:
-        until(lambda: self._read_line(r"listening on (http://\S+),") is not None or self.process.poll() is not None)
-        url = self._read_line(r"listening on (http://\S+),")
-        assert url is not None, self.lines
-        return url
-
-    def ping(self) -> httpx.Response:
-        return httpx.get(f"{self.url}/ping")
-
-    def wait_until_ready(self) -> None:
-        until(lambda: self.ping().status_code == 200, 60)
-
-    def post(self, path: str, **request: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", timeout=30, **request)
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return float(next(line for line in text.splitlines() if line.startswith(name)).rpartition(" ")[2])
-
-    def end(self) -> int:
-        self.process.terminate()
-        status = self.process.wait(20)
-        self._reader.join(5)
-        return status
-
-
-def until(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
