@@ -27,6 +27,8 @@ from lmi_dist_handler.server import bind
 PROMPT = "Return the"
 PARAMETERS = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 7}
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses to listen at, and where to find them
+READY_TIMEOUT_S = 600.0
+READ_TIMEOUT_S = 120.0  # between two pieces of the answer
 TRAINER = ("demo_model.py", "demo_text.py")
 
 
@@ -117,9 +119,9 @@ def outcome(folder: Path) -> str:
     )
 
 
-def wait_until_ready(server: properties.ServerSettings) -> None:
-    """Returns when /ping says 200. Raises DemoError when that takes longer than a model may take to load."""
-    until = time.monotonic() + server.model_loading_timeout
+def wait_until_ready(server: properties.ServerSettings, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Returns when /ping says 200. Raises DemoError when that takes too long."""
+    until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         with contextlib.suppress(OSError):  # the port is not bound yet
             connection = _connection(server, timeout_s=5.0)
@@ -127,12 +129,12 @@ def wait_until_ready(server: properties.ServerSettings) -> None:
             if connection.getresponse().status == 200:
                 return
         time.sleep(0.1)
-    raise DemoError(f"the server was not ready within model_loading_timeout={server.model_loading_timeout} s")
+    raise DemoError(f"the server was not ready within {timeout_s:g} s")
 
 
 def answer(server: properties.ServerSettings, prompt: str) -> Iterator[str]:
     """The texts of the tokens that continue `prompt`, as they come. Raises DemoError with the server's own sentence."""
-    connection = _connection(server, timeout_s=float(server.chunked_read_timeout))
+    connection = _connection(server, timeout_s=READ_TIMEOUT_S)
     headers = {"content-type": "application/json"}
     if server.api_key:
         headers["authorization"] = f"Bearer {server.api_key}"

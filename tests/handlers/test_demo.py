@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def settings(self):
-        return ServerSettings(port=self.server_port, model_loading_timeout=5)
+        return ServerSettings(port=self.server_port)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,8 +75,8 @@ def test_demo_waits_until_the_server_is_ready(serving):
 
 
 def test_demo_says_when_the_server_never_gets_ready():
-    with pytest.raises(DemoError, match="model_loading_timeout=1 s"):
-        demo.wait_until_ready(ServerSettings(port=9, model_loading_timeout=1))  # nobody listens at the discard port
+    with pytest.raises(DemoError, match=r"not ready within 0\.5 s"):
+        demo.wait_until_ready(ServerSettings(port=9), timeout_s=0.5)  # nobody listens at the discard port
 
 
 def test_demo_streams_the_answer(serving):
