@@ -55,6 +55,7 @@ def penalize_torch(
     bias_values: Tensor | None = None,
 ) -> None:
     shapes = _logits_shape("penalize", logits)
+    changes: list[tuple[tuple[Tensor, Tensor], Tensor, bool]] = []  # all is checked before anything is changed
     if history_starts is not None:
         rows, ids = _pieces(shapes, "history", history_starts, history_ids)
         counts = _given(shapes, "history_counts", history_counts, "history", torch.int32)
@@ -64,10 +65,12 @@ def penalize_torch(
         )
         found = logits[rows, ids]
         found = torch.where(found > 0, found / factor, found * factor)
-        logits[rows, ids] = found - (each * counts + once * (counts > 0))
+        changes.append(((rows, ids), found - (each * counts + once * (counts > 0)), False))
     if bias_starts is not None:
-        rows, ids = _pieces(shapes, "bias", bias_starts, bias_ids)
-        logits.index_put_((rows, ids), _given(shapes, "bias_values", bias_values, "bias", torch.float32), accumulate=True)
+        place = _pieces(shapes, "bias", bias_starts, bias_ids)
+        changes.append((place, _given(shapes, "bias_values", bias_values, "bias", torch.float32), True))
+    for place, values, accumulate in changes:
+        logits.index_put_(place, values, accumulate=accumulate)
 
 
 def _given(shapes: Shapes, name: str, values: Tensor | None, letters: str, dtype: torch.dtype) -> Tensor:
