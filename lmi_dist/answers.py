@@ -4,6 +4,7 @@ out.
 A candidate knows how its text ends; which sequences run, and where their keys are, is the scheduler's business.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 
 from lmi_dist.request import FinishReason, Output, Request, SamplingParams, Token, TokenLogprob
@@ -35,6 +36,8 @@ class Job:
         self.prompt_choices: list[Choice] = []  # of the prompt's second token and on, with prompt_logprobs
         self._stop = StopStrings(params.stop)
         self._wants_prompt = params.prompt_logprobs is not None
+        self.added_at = time.perf_counter()
+        self.has_begun = False  # its first step has been planned
         self._held: list[Output] = []
         self.candidates = [
             Candidate(self, index, first_sequence + index, candidate_seed(seed, index)) for index in range(params.num_candidates)

@@ -36,12 +36,17 @@ class EngineStats:
     num_free_blocks: int  # that a new sequence may take, cached ones among them
     num_steps: int
     num_failed_steps: int
+    num_failed_in_a_row: int  # up to the last step; 0 when that one worked
     step_seconds: float
     num_prompt_tokens: int  # of admitted requests
     num_generated_tokens: int
+    num_aborted: int  # requests that were ended by `abort` or `reset`
+    num_begun: int  # requests that have had their first step, and
+    waiting_seconds: float  # the time that they waited for it
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
+    planned_bytes: int  # memory that the plan gives to weights, KV pool and working memory
 
 
 class Engine:
@@ -66,8 +71,9 @@ class Engine:
         self._scheduler = _scheduler(self.config, self.memory.num_blocks)
         self._jobs: dict[str, Job] = {}
         self._candidates: dict[int, Candidate] = {}  # by sequence
-        self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = self._num_failed_steps = 0
-        self._step_seconds = 0.0
+        self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_failed_steps = self._num_failed_in_a_row = self._num_aborted = self._num_begun = 0
+        self._step_seconds = self._waiting_seconds = 0.0
 
     # ---- the four verbs ----
 
@@ -94,6 +100,7 @@ class Engine:
         plan = self._scheduler.plan()
         if plan.is_empty:
             return []
+        self._note_begun(plan, started)
         outputs: list[Output] = []
         try:
             logits = self._runner.forward(plan)
@@ -101,6 +108,7 @@ class Engine:
             choices = self._choose(plan, logits)
         except Exception as error:
             return outputs + self._fail(plan, error)
+        self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if outputs and not choices else 0
         finished = self._scheduler.commit(plan, {candidate.sequence_id: (choice.id,) for candidate, choice in choices})
         ended = {end.sequence_id: end for end in finished}
         for candidate, choice in choices:
@@ -112,11 +120,11 @@ class Engine:
     def abort(self, request_id: str) -> list[Output]:
         """End a request now and give its blocks back. Returns its last outputs, or nothing if it is not (or no more) known."""
         job = self._jobs.get(request_id)
-        return [] if job is None else self._end(job, "abort")
+        return [] if job is None else self._abort(job)
 
     def reset(self) -> list[Output]:
         """Abort everything and forget all cached prefixes. Returns the last outputs of what was aborted."""
-        outputs = [output for job in list(self._jobs.values()) for output in self._end(job, "abort")]
+        outputs = [output for job in list(self._jobs.values()) for output in self._abort(job)]
         self._scheduler.reset()
         return outputs
 
@@ -135,12 +143,17 @@ class Engine:
             num_free_blocks=scheduler.pool.num_available,
             num_steps=scheduler.num_steps,
             num_failed_steps=self._num_failed_steps,
+            num_failed_in_a_row=self._num_failed_in_a_row,
             step_seconds=self._step_seconds,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_aborted=self._num_aborted,
+            num_begun=self._num_begun,
+            waiting_seconds=self._waiting_seconds,
             num_preemptions=scheduler.preemptions,
             num_prefix_query_tokens=scheduler.prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            planned_bytes=self.memory.planned_bytes,
         )
 
     def close(self) -> None:
@@ -173,6 +186,19 @@ class Engine:
     def _salt(self, job: Job) -> str:
         """Prompts share cached keys only if client, adapter and the rotary scaling's regime are the same."""
         return "\0".join((job.request.cache_salt, job.request.adapter, self._runner.cache_regime(len(job.prompt_ids))))
+
+    def _note_begun(self, plan: Plan, now: float) -> None:
+        """Count the requests whose first step this is, and how long they have waited for it."""
+        for chunk in plan.chunks:
+            job = self._candidates[chunk.sequence].job
+            if not job.has_begun:
+                job.has_begun = True
+                self._num_begun += 1
+                self._waiting_seconds += now - job.added_at
+
+    def _abort(self, job: Job) -> list[Output]:
+        self._num_aborted += 1
+        return self._end(job, "abort")
 
     def _end_broken(self, plan: Plan, logits: Tensor) -> list[Output]:
         """A request whose logits leave nothing to choose (NaN, all minus infinity) ends alone; or a kernel refuses the batch."""
@@ -229,6 +255,7 @@ class Engine:
         logger.error("step %d failed; its requests end, the others go on", plan.step, exc_info=cause)
         self._scheduler.drop(plan)
         self._num_failed_steps += 1
+        self._num_failed_in_a_row += 1
         error = StepError(f"step {plan.step} failed: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         jobs = dict.fromkeys(self._candidates[chunk.sequence].job for chunk in plan.rows if chunk.sequence in self._candidates)

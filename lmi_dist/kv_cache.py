@@ -43,6 +43,11 @@ class MemoryPlan:
         return self.block_bytes * self.num_blocks
 
     @property
+    def planned_bytes(self) -> int:
+        """All that the model takes once its pool is in full use."""
+        return self.weights_bytes + self.working_bytes + self.pool_bytes
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that fit into the pool, of all sequences together."""
         return self.num_blocks * BLOCK_SIZE
@@ -84,11 +89,12 @@ def plan_memory(
     *,
     cpu_flags: frozenset[str] | None = None,
 ) -> MemoryPlan:
-    """Divide `available_bytes` among weights, KV pool and working memory. An unset pool is the smaller of a quarter of the memory
-    and what max_batch_size sequences of max_model_len tokens need, but room for one such sequence at least.
+    """Divide `available_bytes`, less reserved_memory_mb, among weights, KV pool and working memory. An unset pool is the smaller of
+    a quarter of the memory and what max_batch_size sequences of max_model_len tokens need, but room for one such sequence at least.
     Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than the model can do."""
     dtype = resolve_dtype(config.dtype, model.dtype, read_cpu_flags() if cpu_flags is None else cpu_flags)
     length = model.model_len(config.max_model_len)
+    available_bytes = max(0, available_bytes - (config.reserved_memory_mb << 20))
     demand = _Demand(config, model, checkpoint, dtype, length, available_bytes)
     plan = MemoryPlan(
         dtype=dtype,
@@ -139,9 +145,9 @@ class _Demand:
     def lines(self) -> tuple[str, ...]:
         pool = self.num_blocks * self.block_bytes
         rest = self.available_bytes - self.weights_bytes - self.working_bytes - pool
-        model = self.model
+        model, reserved = self.model, self.config.reserved_memory_mb
         return (
-            f"available memory {_gb(self.available_bytes)}",
+            f"available memory {_gb(self.available_bytes)}" + (f" beside {reserved} MiB reserved" if reserved else ""),
             f"weights {_gb(self.weights_bytes)} in {self.dtype}",
             f"working memory {_gb(self.working_bytes)} for {self.config.max_prefill_tokens} prompt tokens a step",
             f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {model.num_kv_heads} heads x {BLOCK_SIZE} tokens"

@@ -4,7 +4,6 @@ What uvicorn leaves open: headers that never end, a client that never reads, and
 """
 
 import asyncio
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any

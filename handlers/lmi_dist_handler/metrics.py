@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from lmi_dist_handler.host import Host
@@ -18,6 +18,7 @@ GAUGES = {
     "num_waiting": ("sequences_waiting", "Sequences in the queue"),
     "num_blocks": ("kv_blocks", "Blocks of the KV pool"),
     "num_free_blocks": ("kv_blocks_free", "Blocks that a new sequence may take"),
+    "num_streams": ("requests_running", "Requests whose answer is under way in the worker"),
 }
 COUNTERS = {
     "num_prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted requests"),
@@ -25,9 +26,14 @@ COUNTERS = {
     "num_steps": ("steps", "Forwards"),
     "num_failed_steps": ("failed_steps", "Forwards that failed"),
     "step_seconds": ("step_seconds", "Time in steps"),
+    "num_aborted": ("aborted_requests", "Requests ended because their client had gone, or on demand"),
     "num_preemptions": ("preemptions", "Sequences that lost their blocks for a while"),
     "num_prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache"),
     "num_prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found there"),
+}
+HISTOGRAMS = {
+    "first_token_s": ("time_to_first_token_seconds", "From request to first token"),
+    "token_gap_s": ("time_between_tokens_seconds", "From a token to the next one of the same answer"),
 }
 
 Stats = Mapping[str, Mapping[str, Any]]  # by model: what its worker's `stats` replied
@@ -77,7 +83,7 @@ class _Snapshot(Collector):
             restarts.add_metric([host.name], host.num_restarts)
             for name in STATES:
                 state.add_metric([host.name, name], float(host.state == name))
-        yield from (state, in_flight, restarts, *self._gauges(), *self._counters(), self._first_token())
+        yield from (state, in_flight, restarts, *self._gauges(), *self._counters(), *self._histograms(), self._waits())
 
     def _gauges(self) -> Iterable[Metric]:
         for key, (name, about) in GAUGES.items():
@@ -85,10 +91,13 @@ class _Snapshot(Collector):
             for model, values in self._stats.items():
                 family.add_metric([model], values[key])
             yield family
+        used = GaugeMetricFamily("lmi_kv_blocks_used", "Blocks that requests hold", labels=["model"])
         usage = GaugeMetricFamily("lmi_kv_cache_usage", "Share of the KV blocks that requests hold", labels=["model"])
         for model, values in self._stats.items():
-            usage.add_metric([model], 1 - values["num_free_blocks"] / values["num_blocks"])
-        yield usage
+            num_used = values["num_blocks"] - values["num_free_blocks"]
+            used.add_metric([model], num_used)
+            usage.add_metric([model], num_used / values["num_blocks"])
+        yield from (used, usage)
 
     def _counters(self) -> Iterable[Metric]:
         for key, (name, about) in COUNTERS.items():
@@ -97,10 +106,17 @@ class _Snapshot(Collector):
                 family.add_metric([model], values[key])
             yield family
 
-    def _first_token(self) -> Metric:
-        family = HistogramMetricFamily("lmi_time_to_first_token_seconds", "From request to first token", labels=["model"])
+    def _histograms(self) -> Iterable[Metric]:
+        for key, (name, about) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(f"lmi_{name}", about, labels=["model"])
+            for model, values in self._stats.items():
+                family.add_metric([model], _cumulative(values[key]), sum_value=values[key]["sum"])
+            yield family
+
+    def _waits(self) -> Metric:
+        family = SummaryMetricFamily("lmi_queue_seconds", "From the engine's queue to the first step", labels=["model"])
         for model, values in self._stats.items():
-            family.add_metric([model], _cumulative(values["first_token_s"]), sum_value=values["first_token_s"]["sum"])
+            family.add_metric([model], values["num_begun"], values["waiting_seconds"])
         return family
 
 

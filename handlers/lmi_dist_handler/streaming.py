@@ -5,7 +5,6 @@ thread between two steps, for at most ADMIT_TIME_S at a time while others are de
 """
 
 import asyncio
-import bisect
 import logging
 import queue
 import threading
@@ -19,6 +18,7 @@ from lmi_dist import LmiError, StepError
 from lmi_dist_handler import requests, responses
 from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.properties import HandlerConfig
+from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
 from lmi_dist_handler.wire import Input, Output
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 PARSE_INLINE_BYTES = 32 * 1024
 ADMIT_TIME_S = 0.05
 MAX_PIECE = 4 * 1024 * 1024  # characters of one frame: at most 16 MiB of UTF-8, below DJL's 20 MiB for a content value
-FIRST_TOKEN_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class AbortedError(LmiError):
@@ -52,6 +51,7 @@ class EngineThread:
         self._busy_since: float | None = None
         self._counters: dict[str, Any] = {}
         self._failure: Exception | None = None
+        self._gaps = Gaps()
 
     async def start(self) -> "Engine":
         """Build the engine in its thread. Raises what building it raises."""
@@ -76,7 +76,8 @@ class EngineThread:
         if self._failure is not None:
             raise StepError(f"the engine has ended: {self._failure}")
         since = self._busy_since
-        return {**self._counters, "busy_s": 0.0 if since is None else time.monotonic() - since}
+        busy_s = 0.0 if since is None else time.monotonic() - since
+        return {**self._counters, "busy_s": busy_s, "token_gap_s": self._gaps.histogram.as_dict()}
 
     def _run(self, built: "asyncio.Future[Engine]") -> None:
         try:
@@ -120,6 +121,7 @@ class EngineThread:
             self._deliver([(sink, error) for sink in self._sinks.values()])
             self._sinks.clear()
             return
+        self._gaps.note(outputs, time.monotonic())
         self._counters = asdict(engine.stats())  # before anybody can have seen the step's outputs
         self._deliver([(self._sinks[output.request_id], output) for output in outputs if output.request_id in self._sinks])
 
@@ -135,6 +137,7 @@ class EngineThread:
 
     def _drop(self, engine: "Engine", request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
+            self._gaps.forget(request_id)
             if self._sinks.pop(request_id, None) is not None:
                 engine.abort(request_id)
 
@@ -147,22 +150,6 @@ class EngineThread:
 def _pour(items: list[tuple[Sink, Any]]) -> None:
     for sink, item in items:
         sink(item)
-
-
-class Histogram:
-    """Counts of observations by upper bound, as Prometheus has them."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"bounds": list(self._bounds), "counts": list(self._counts), "sum": self._sum}
 
 
 class Feed:

@@ -22,6 +22,7 @@ STATS = {
     "step_seconds": 1.5, "num_prompt_tokens": 30, "num_generated_tokens": 20, "num_preemptions": 0, "num_prefix_query_tokens": 8,
     "num_prefix_hit_tokens": 5, "busy_s": 0.0, "num_streams": 1,
     "first_token_s": {"bounds": [0.1, 1.0], "counts": [3, 1, 1], "sum": 4.5},
+    "token_gap_s": {"bounds": [0.1], "counts": [2, 0], "sum": 0.05}, "num_aborted": 3, "num_begun": 4, "waiting_seconds": 2.5,
 }  # fmt: skip
 
 
@@ -56,6 +57,10 @@ class FakeHost:
         self.script: list[Piece | LmiError] | LmiError = [Piece('{"generated_text": "é"}', True, headers=JSON)]
         self.asked: tuple[Mapping[str, str], PairList] = ({}, PairList())
         self.stream = FakeStream([])
+
+    @property
+    def health(self) -> tuple[str, str]:
+        return {"ready": "serving", "failed": "dead", "stopped": "draining"}.get(self.state, self.state), self.reason
 
     def open(self, properties: Mapping[str, str], content: PairList) -> FakeStream:
         self.asked = (properties, content)
@@ -178,7 +183,10 @@ def test_refusals_speak_the_routes_dialect(path: str, error: LmiError, code: int
 
 @pytest.mark.parametrize(
     ("state", "code", "status"),
-    [("ready", 200, "Healthy"), ("loading", 503, "PENDING"), ("failed", 500, "FAILED"), ("stopped", 503, "Unhealthy")],
+    [
+        ("ready", 200, "Healthy"), ("degraded", 200, "Unhealthy"), ("loading", 503, "PENDING"), ("restarting", 503, "Unhealthy"),
+        ("failed", 500, "FAILED"), ("stopped", 503, "Unhealthy"),
+    ],  # fmt: skip
 )
 def test_ping_tells_the_truth(state: str, code: int, status: str) -> None:
     response = call(FakeHost(state=state, reason="" if state == "ready" else "why"), "GET", "/ping")
@@ -312,6 +320,12 @@ def test_metrics_count_host_and_worker() -> None:
         'lmi_time_to_first_token_seconds_bucket{le="1.0",model="test"} 4.0',
         'lmi_time_to_first_token_seconds_bucket{le="+Inf",model="test"} 5.0',
         'lmi_time_to_first_token_seconds_sum{model="test"} 4.5',
+        'lmi_time_between_tokens_seconds_bucket{le="0.1",model="test"} 2.0',
+        'lmi_queue_seconds_count{model="test"} 4.0',
+        'lmi_queue_seconds_sum{model="test"} 2.5',
+        'lmi_kv_blocks_used{model="test"} 6.0',
+        'lmi_requests_running{model="test"} 1.0',
+        'lmi_aborted_requests_total{model="test"} 3.0',
     ):
         assert line in lines
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from lmi_dist_handler.properties import HandlerConfig
-from lmi_dist_handler.streaming import MAX_PIECE, EngineThread, Histogram, Streams
+from lmi_dist_handler.streaming import MAX_PIECE, EngineThread, Streams
 from lmi_dist_handler.wire import Codec, Input, Output, PairList
 
 from lmi_dist import EngineConfig, StepError
@@ -258,9 +258,3 @@ def test_failure_to_build_is_raised_at_start() -> None:
     asyncio.run(main())
 
 
-def test_histogram_counts_up_to_its_bounds() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 3.0):
-        histogram.observe(value)
-
-    assert histogram.as_dict() == {"bounds": [1.0, 2.0], "counts": [2, 1, 1], "sum": 6.0}
