@@ -8,12 +8,16 @@ import jinja2
 
 from lmi_dist import RequestError
 from lmi_dist_handler.fields import Fields
+from lmi_dist_handler.special_tokens import Cuts, SpellingTokenizer
 
 # what a template may raise for messages that it does not expect; it runs in transformers' sandbox
 TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
-class ChatTokenizer(Protocol):
+UNTRUSTED = ("user", "tool")  # roles whose text comes from outside
+
+
+class ChatTokenizer(SpellingTokenizer, Protocol):
     """What is needed of a transformers tokenizer."""
 
     chat_template: Any
@@ -21,10 +25,11 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
 
-def render(fields: Fields, tokenizer: ChatTokenizer) -> str:
-    """The prompt of `messages` (and `tools`), special tokens written out: tokenize it without adding any.
-    Raises RequestError for messages that break a rule, ours or the template's."""
-    messages = [_message(message, f"messages[{place}]") for place, message in enumerate(fields.items("messages"))]
+def render(fields: Fields, tokenizer: ChatTokenizer) -> str | tuple[int, ...]:
+    """The prompt of `messages` (and `tools`): text with special tokens written out, to be tokenized without adding any, or ids
+    where a user's text spells special tokens. Raises RequestError for messages that break a rule, ours or the template's."""
+    cuts = Cuts(tokenizer)
+    messages = [_message(message, f"messages[{place}]", cuts) for place, message in enumerate(fields.items("messages"))]
     if not messages:
         raise RequestError("messages must be a list with at least one message", "messages")
     if not getattr(tokenizer, "chat_template", None):
@@ -36,10 +41,10 @@ def render(fields: Fields, tokenizer: ChatTokenizer) -> str:
         raise RequestError(f"messages are refused by the model's chat template: {error}", "messages") from None
     if not text:
         raise RequestError("messages give an empty prompt through the model's chat template", "messages")
-    return str(text)
+    return cuts.prompt(str(text))
 
 
-def _message(message: object, path: str) -> dict[str, Any]:
+def _message(message: object, path: str, cuts: Cuts) -> dict[str, Any]:
     """A message as templates expect it: content as one text, arguments of tool calls as objects."""
     if not isinstance(message, dict):
         raise RequestError(f"{path} must be an object with role and content", path)
@@ -53,7 +58,8 @@ def _message(message: object, path: str) -> dict[str, Any]:
         content = "\n".join(_part(part, f"{path}.content[{place}]") for place, part in enumerate(content))
     elif content is not None and not isinstance(content, str):
         raise fields.refuse("content", "must be a string or a list of text parts")
-    return {**message, "role": role, "content": content or "", **({"tool_calls": calls} if calls else {})}
+    content = cuts.cut(content or "") if role in UNTRUSTED else content or ""
+    return {**message, "role": role, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
 def _part(part: object, path: str) -> str:

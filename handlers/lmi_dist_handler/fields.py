@@ -86,6 +86,17 @@ class Fields:
             raise self.refuse(name, "must be a string that is not empty")
         return value
 
+    def texts(self, name: str, most: int) -> list[str]:
+        """A list of strings, none of them empty: at least one, at most `most`."""
+        values = self.items(name)
+        if not values or not all(isinstance(value, str) and value for value in values):
+            raise self.refuse(name, "must be a string, or a list of strings, none empty")
+        if len(values) > most:
+            raise RequestError(
+                f"{self.name(name)} has {len(values)} entries, but at most {most} go into one request", self.name(name)
+            )
+        return values
+
     def items(self, name: str) -> list[Any]:
         value = self.take(name)
         if value is not None and not isinstance(value, list):

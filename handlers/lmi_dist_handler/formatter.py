@@ -7,10 +7,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 from lmi_dist import LmiError, Output, OverloadedError, RequestError, Token
 
-Dialect = Literal["lmi", "openai"]
+Dialect = Literal["lmi", "openai", "tgi"]
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
 SERVER_FAULTS = (424, 507)  # DJL's codes for what OpenAI calls 500
+TGI_ROUTES = ("/", "/generate", "/generate_stream")
 
 # names of DJL's exceptions, which its clients find in `type`
 JAVA_TYPES = {
@@ -24,6 +25,10 @@ OPENAI_TYPES: dict[int, tuple[str, str | None]] = {
     404: ("invalid_request_error", "not_found"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
+
+
+# text-generation-inference's error_type by status
+TGI_TYPES = {413: "validation", 422: "validation", 424: "generation", 429: "overloaded", 503: "unavailable", 507: "generation"}
 
 
 class UnavailableError(LmiError):
@@ -40,6 +45,11 @@ class Told(NamedTuple):
     text: str
 
 
+def dialect_of_route(path: str) -> Dialect:
+    """Whose words are spoken on a route; what is neither OpenAI's nor text-generation-inference's is DJL's."""
+    return "openai" if path.startswith("/v1/") else "tgi" if path in TGI_ROUTES else "lmi"
+
+
 def dumps(value: object) -> str:
     """JSON in one line, text unescaped, never NaN."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -54,6 +64,8 @@ def error_body(dialect: Dialect, code: int, message: str, *, param: str | None =
     """The body of an error (contract 2.6, 6.5; OpenAI's error object). `param`: the field at fault, `type`: not the usual."""
     if dialect == "openai":
         return dumps(openai_error(code, message, param, type)) + "\n"
+    if dialect == "tgi":
+        return dumps(tgi_error(code, message))
     if code in SERVER_FAULTS:
         told = {"code": code, "message": "prediction failure", "error": message}
         return json.dumps(told, ensure_ascii=False, indent=2, separators=(",", ":"))
@@ -68,6 +80,11 @@ def openai_error(code: int, message: str, param: str | None, type: str | None = 
     return {"error": {"message": message, "type": type or kind, "param": param, "code": name}}
 
 
+def tgi_error(code: int, message: str) -> dict[str, str]:
+    """text-generation-inference's error object for a status."""
+    return {"error": message, "error_type": TGI_TYPES.get(code, "request" if code < 500 else "internal")}
+
+
 def explained(dialect: Dialect, error: Exception) -> Told:
     """An exception as the whole body of an answer."""
     code, message = status(dialect, error), sentence(error)
@@ -76,15 +93,15 @@ def explained(dialect: Dialect, error: Exception) -> Told:
 
 
 def status(dialect: Dialect, error: Exception) -> int:
-    """HTTP status: DJL has 424 for most of it, OpenAI tells the client's faults (400), want of room (429) and ours (500) apart."""
+    """HTTP status: DJL has 424 for most of it; others tell the client's faults (400, 422), want of room (429) and ours apart."""
     code = error.code if isinstance(error, LmiError) else 424
     if dialect == "lmi":
         return code
     if isinstance(error, RequestError):
-        return 400
+        return 400 if dialect == "openai" else 422
     if isinstance(error, OverloadedError):
         return 429
-    return 500 if code in SERVER_FAULTS else code
+    return 500 if dialect == "openai" and code in SERVER_FAULTS else code
 
 
 def sentence(error: Exception) -> str:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmi_dist import LmiError
-from lmi_dist_handler.formatter import Dialect, explained
+from lmi_dist_handler.formatter import dialect_of_route, explained
 from lmi_dist_handler.metrics import Metrics
 
 logger = logging.getLogger("lmi_dist_handler.access")
@@ -24,8 +24,10 @@ NO_CACHE = {
     "cache-control": "no-cache; no-store, must-revalidate, private",
     "expires": "Thu, 01 Jan 1970 00:00:00 UTC",
 }
-ROUTES = ("/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
-OPEN = ("/ping", "/")  # neither tells more than whether the models are well
+ROUTES = (
+    "/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
+    "/generate", "/generate_stream", "/endpoints",
+)  # fmt: skip
 QUIET = ("/ping", "/status.json")  # asked every few seconds, for ever
 SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")
 
@@ -46,8 +48,7 @@ class ClientGoneError(LmiError):
 
 def refusal(scope: Scope, error: Exception) -> Response:
     """The answer to a request that no model has answered."""
-    dialect: Dialect = "openai" if scope["path"].startswith("/v1/") else "lmi"
-    told = explained(dialect, error)
+    told = explained(dialect_of_route(scope["path"]), error)
     return Response(told.text, told.code, media_type="application/json")
 
 
@@ -72,7 +73,7 @@ class Front:
 
     def _guarded(self, scope: Scope) -> ASGIApp:
         """The routes, or the answer to a request without the key."""
-        if self._api_key is None or scope["path"] in OPEN:
+        if self._api_key is None or _is_open(scope):
             return self._app
         given = Headers(scope=scope).get("authorization", "")
         if hmac.compare_digest(given.encode(), f"Bearer {self._api_key}".encode()):
@@ -118,6 +119,11 @@ class _Exchange:
         else:
             self._num_bytes += len(message.get("body", b""))
         await self._send(message)
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether no key is asked for: neither route tells more than whether the models are well. POST / generates text."""
+    return bool(scope["path"] == "/ping" or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD")))
 
 
 def _label(path: str) -> str:

@@ -19,11 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from lmi_dist import LmiError
 from lmi_dist_handler import page
+from lmi_dist_handler.formatter import TGI_ROUTES, dialect_of_route
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
 from lmi_dist_handler.group import Piece, Stream, WorkerLostError
 from lmi_dist_handler.host import Host
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.properties import ServerSettings
+from lmi_dist_handler.sagemaker import Runtime
 from lmi_dist_handler.wire import PairList
 
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
@@ -33,6 +35,7 @@ PING_STATUS = {"loading": "PENDING", "ready": "Healthy", "failed": "FAILED", "st
 MODEL_STATUS = {"loading": "PENDING", "ready": "READY", "failed": "FAILED", "stopped": "PENDING"}
 
 
+PLACEHOLDERS = ("dummy", "tgi")  # what Hugging Face's clients write where a URL stands for the model
 PRIVATE = ("request_tracking_id", "abort_tracking_id", "lmi_route", "requestid")  # properties that no client may set
 
 
@@ -119,12 +122,13 @@ class Api:
             Route("/models", self.models, methods=get),
             Route("/models/{model}", self.describe, methods=get),
             Route("/metrics", self.show_metrics, methods=get),
+            *(Route(path, self.invoke, methods=post) for path in TGI_ROUTES),
             Route("/v1/models", self.openai_models, methods=get),
             Route("/v1/completions", self.openai, methods=post),
             Route("/v1/chat/completions", self.openai, methods=post),
         ]
         app = Starlette(routes=routes, exception_handlers={LmiError: self._on_error, HTTPException: self._on_http_exception})
-        return Front(app, self._metrics, self._server.api_key)
+        return Front(Runtime(app), self._metrics, self._server.api_key)
 
     async def root(self, request: Request) -> Response:
         """The page for a browser; else a few words of JSON."""
@@ -248,7 +252,7 @@ class Api:
 
     def _find_openai(self, name: str | None) -> Served:
         """The model of this name or model id. A body that names none, or cannot be read, goes to the only model, which says so."""
-        if name is None and len(self._served) == 1:
+        if (name is None or name in PLACEHOLDERS) and len(self._served) == 1:
             return self._find(None)
         found = next((model for model in self._served.values() if name in (model.name, model.model_id)), None)
         if found is None:
@@ -289,7 +293,8 @@ def _properties(request: Request) -> dict[str, str]:
         raise HttpError(400, "The handler can't be overridden in a request")
     for key in [key for key in properties if key.lower() in PRIVATE]:
         del properties[key]
-    route = request.url.path if request.url.path.startswith("/v1/") else ""
+    path = request.scope["path"]
+    route = "" if dialect_of_route(path) == "lmi" else path
     return {**properties, "requestId": request.scope["state"]["request_id"], "lmi_route": route}
 
 

@@ -1,35 +1,32 @@
 """An HTTP body to engine requests and the form of their answer, in the worker; the LMI schema stands here (contract 7.1 to 7.3).
 
 `lmi_route`, a property that our host sets, tells the schema: "" LMI, where the body decides between text and chat, else a path of
-OpenAI's.
+OpenAI's or of text-generation-inference's.
 """
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmi_dist import Request, RequestError, SamplingParams
-from lmi_dist_handler import openai_requests
-from lmi_dist_handler.fields import Fields, parse_object
-from lmi_dist_handler.formatter import Formatter
+from lmi_dist_handler import openai_requests, tgi_requests
+from lmi_dist_handler.bodies import read_body
+from lmi_dist_handler.fields import Fields
+from lmi_dist_handler.formatter import Formatter, dialect_of_route
 from lmi_dist_handler.openai_responses import Ask, DjlChat, DjlChatEvents, DjlChatLines
 from lmi_dist_handler.options import FORMATTERS, UNBUILT_FORMATTERS
-from lmi_dist_handler.responses import Json, JsonLines, LmiFormatter, RawText, Sse, Wishes
-from lmi_dist_handler.sampling import COMMON, Sampling
+from lmi_dist_handler.responses import Json, JsonLines, JsonList, LmiFormatter, RawText, Sse, Wishes
+from lmi_dist_handler.sampling import LMI, Sampling
 
 if TYPE_CHECKING:
     from lmi_dist_handler.openai_requests import EngineView
     from lmi_dist_handler.properties import HandlerConfig
 
 DEFAULT_NEW_TOKENS = 30
-JSON_TYPES = ("application/json", "application/x-ndjson", "application/octet-stream", "")
+MAX_INPUTS = 128
 ADAPTER_HEADERS = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 
-LMI = {
-    **COMMON, "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "ignore_eos_token": "ignore_eos",
-    "stop_sequences": "stop",
-}  # fmt: skip
 FORMS: dict[str, type[LmiFormatter]] = {"json": Json, "jsonlines": JsonLines, "sse": Sse, "none": RawText}
 CHAT_FORMS: dict[str, type[DjlChat]] = {"json_chat": DjlChat, "jsonlines_chat": DjlChatLines, "sse_chat": DjlChatEvents}
 
@@ -47,35 +44,21 @@ def parse(body: bytes, properties: Mapping[str, str], engine: "EngineView", hand
     Raises RequestError that names field, value, rule and way out."""
     headers = {name.lower(): value for name, value in properties.items()}
     route = headers.get("lmi_route", "")
-    fields = Fields(_payload(body, headers.get("content-type", ""), is_lmi=not route))
+    dialect = dialect_of_route(route)
+    fields = Fields(read_body(body, headers.get("content-type", ""), is_lmi=dialect == "lmi"))
     _refuse_adapters(fields, headers)
     if route == "/v1/completions":
         parsed = Parsed(*openai_requests.completion(fields, engine, handler))
     elif route == "/v1/chat/completions":
         parsed = Parsed(*openai_requests.chat(fields, engine, handler))
+    elif dialect == "tgi":
+        parsed = Parsed(*tgi_requests.generate(fields, route))
     elif "messages" in fields:
         parsed = Parsed(*openai_requests.djl_chat(fields, engine, handler))
     else:
         parsed = _lmi(fields, engine, handler)
     fields.warn_of_unknown()
     return parsed
-
-
-def _payload(body: bytes, content_type: str, *, is_lmi: bool) -> dict[str, object]:
-    """The body as an object, by its content type (contract 3.3)."""
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == "text/plain" and is_lmi:
-        return {"inputs": _plain_text(body)}
-    if kind not in JSON_TYPES:
-        raise RequestError(f"content-type={kind!r} is known but not built yet; send application/json", "content-type")
-    return parse_object(body)
-
-
-def _plain_text(body: bytes) -> str:
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}; send text in UTF-8") from None
 
 
 def _refuse_adapters(fields: Fields, headers: Mapping[str, str]) -> None:
@@ -86,19 +69,23 @@ def _refuse_adapters(fields: Fields, headers: Mapping[str, str]) -> None:
 
 
 def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig") -> Parsed:
-    """inputs, parameters, stream."""
-    if isinstance(fields.take("inputs"), list):
-        raise fields.refuse("inputs", "must be one string; send a request for each prompt, they are batched here")
-    prompt = fields.text("inputs")
+    """inputs, parameters, stream. All prompts of a list have the same parameters."""
+    is_list = isinstance(fields.take("inputs"), list)
+    prompts = fields.texts("inputs", MAX_INPUTS) if is_list else [fields.text("inputs")]
     parameters = fields.section("parameters")
     stream = fields.boolean("stream")
     fields.ignore("cached_prompt", "model")
     form = _form(parameters, stream, handler)
-    wishes = _wishes(parameters, prompt, form, handler)
+    if is_list and form != "json":
+        raise fields.refuse("inputs", f"is a list, which is for whole answers, not for {form}; leave out stream or send one string")
+    wishes = _wishes(parameters, prompts[0], handler)
     params = _params(parameters, wishes, form, engine)
-    request = Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=parameters.integer("truncate", 1))
+    truncate = parameters.integer("truncate", 1)
+    requests = tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in prompts)
     parameters.warn_of_unknown()
-    return Parsed((request,), _formatter(form, wishes, request, handler))
+    if is_list:
+        return Parsed(requests, JsonList({one.id: Json(replace(wishes, prompt=str(one.prompt))) for one in requests}))
+    return Parsed(requests, _formatter(form, wishes, requests[0], handler))
 
 
 def _form(parameters: Fields, stream: bool, handler: "HandlerConfig") -> str:
@@ -112,7 +99,7 @@ def _form(parameters: Fields, stream: bool, handler: "HandlerConfig") -> str:
     return wanted
 
 
-def _wishes(parameters: Fields, prompt: str, form: str, handler: "HandlerConfig") -> Wishes:
+def _wishes(parameters: Fields, prompt: str, handler: "HandlerConfig") -> Wishes:
     """What the client wants to see of the candidates; best_of without n shows them all."""
     n, best_of = parameters.integer("n", 1), parameters.integer("best_of", 1)
     return Wishes(

@@ -8,9 +8,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lmi_dist import Output, Token, TokenLogprob
-from lmi_dist_handler.formatter import Candidate, Dialect, Formatter, Told, dumps, error_body, explained, finite
+from lmi_dist_handler.formatter import (
+    Candidate,
+    Dialect,
+    Formatter,
+    Told,
+    dialect_of_route,
+    dumps,
+    error_body,
+    explained,
+    finite,
+)
 
-__all__ = ["Dialect", "Formatter", "Json", "JsonLines", "RawText", "Sse", "Told", "Wishes", "dialect_of", "error_body", "refusal"]
+__all__ = [
+    "Dialect", "Formatter", "Json", "JsonLines", "JsonList", "RawText", "Sse", "Told", "Wishes", "dialect_of", "error_body",
+    "refusal",
+]  # fmt: skip
 
 FINISH_REASONS = {"stop_sequence": "eos_token"}  # from 0.27 on, both are told as eos_token
 NO_TOKEN: dict[str, object] = {"id": -1, "text": "", "log_prob": -1, "special_token": True}  # DJL's stand-in where there is none
@@ -19,7 +32,7 @@ NO_TOKEN: dict[str, object] = {"id": -1, "text": "", "log_prob": -1, "special_to
 def dialect_of(properties: Mapping[str, str]) -> Dialect:
     """Whose words a request's route speaks; `lmi_route` is set by our host."""
     route = next((value for name, value in properties.items() if name.lower() == "lmi_route"), "")
-    return "openai" if route else "lmi"
+    return dialect_of_route(route)
 
 
 def refusal(properties: Mapping[str, str], error: Exception) -> Told:
@@ -89,15 +102,19 @@ class Json(LmiFormatter):
     """One object, whole, at the end."""
 
     def _end(self) -> str:
+        return dumps([self.answer()] if self.wishes.tgi_compat else self.answer())
+
+    def answer(self) -> dict[str, Any]:
+        """The object, of an answer that is done."""
         is_tgi = self.wishes.tgi_compat
-        best, *others = sorted(self.candidates.values(), key=lambda one: (-one.cumulative_logprob, one.index))
+        best, *others = ranked(self.candidates.values())
         shown: dict[str, Any] = {"generated_text": self.full_text_prefix + best.text}
         if self.wishes.shows_details:
             shown["details"] = self.details(best, is_tgi, with_tokens=True)
         if others:
             shown["details"] = {"inputs": self.wishes.prompt, **shown["details"]}
             shown["details"]["best_of_sequences"] = [self._other(candidate, is_tgi) for candidate in others]
-        return dumps([shown] if is_tgi else shown)
+        return shown
 
     def _other(self, candidate: Candidate, is_tgi: bool) -> dict[str, Any]:
         return {
@@ -106,6 +123,22 @@ class Json(LmiFormatter):
             "generated_tokens": candidate.num_generated_tokens,
             "tokens": [self.token(token, is_tgi) for token in candidate.tokens],
         }
+
+
+class JsonList(Formatter):
+    """A list of the objects of several prompts, in their order, whole, at the end (contract 7.10)."""
+
+    def __init__(self, members: Mapping[str, Json]) -> None:
+        """The form of each request's answer, by request id."""
+        super().__init__(sum(member.wishes.num_candidates for member in members.values()))
+        self.members = members
+
+    def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
+        self.members[output.request_id].push(output)
+        return ""
+
+    def _end(self) -> str:
+        return dumps([member.answer() for member in self.members.values()])
 
 
 class JsonLines(LmiFormatter):
@@ -160,6 +193,11 @@ class RawText(LmiFormatter):
 
     def _broken(self, told: Told) -> str:
         return f"\n{told.text}"
+
+
+def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The most probable first."""
+    return sorted(candidates, key=lambda one: (-one.cumulative_logprob, one.index))
 
 
 def _reason(candidate: Candidate) -> str:

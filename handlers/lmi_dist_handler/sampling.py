@@ -14,6 +14,11 @@ COMMON = {
     "stop_token_ids": "stop_token_ids", "include_stop_str_in_output": "include_stop_string",
     "skip_special_tokens": "skip_special_tokens", "ignore_eos": "ignore_eos",
 }  # fmt: skip
+# those of the LMI schema; max_tokens is what vLLM, to which DJL hands on the rest, calls max_new_tokens
+LMI = {
+    **COMMON, "max_tokens": "max_tokens", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens",
+    "ignore_eos_token": "ignore_eos", "stop_sequences": "stop",
+}  # fmt: skip
 
 
 class Sampling:

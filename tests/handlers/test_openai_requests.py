@@ -2,7 +2,7 @@
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from lmi_dist_handler.openai_responses import ChatEvents, CompletionEvents, OpenAIFormatter
@@ -18,6 +18,8 @@ class Tokenizer:
     """Knows one template and one way to decode."""
 
     chat_template = "present"
+    all_special_tokens = ()
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         return str([message["content"] for message in messages])
