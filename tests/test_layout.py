@@ -32,7 +32,20 @@ ENGINE_LEVELS = (
     ("__init__",),
 )
 HANDLER_LEVELS = (
-    ("bench_work", "cache", "demo_text", "fields", "formatter", "logs", "options", "packages", "sagemaker", "special_tokens", "wire"),
+    (
+        "bench_work",
+        "cache",
+        "demo_text",
+        "fields",
+        "formatter",
+        "logs",
+        "options",
+        "packages",
+        "sagemaker",
+        "special_tokens",
+        "timings",
+        "wire",
+    ),
     ("bench_limits", "bench_target", "bodies", "chat", "demo_model", "group", "sampling", "synthetic", "words"),
     ("openai_responses", "responses"),
     ("host", "load_models", "settle", "tgi_responses", "worker"),
