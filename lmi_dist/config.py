@@ -45,6 +45,7 @@ class EngineConfig(BaseModel):
     enable_chunked_prefill: bool = Field(default=True, description="cut long prompts over several steps")
     enable_prefix_caching: bool = Field(default=True, description="reuse blocks of prompts that begin alike")
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="size of the KV pool; unset: computed")
+    reserved_memory_mb: int = Field(default=0, ge=0, description="MiB of memory to leave to other programs")
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0, description="share of a GPU's memory to use")
     max_logprobs: int = Field(default=20, ge=0, le=1000, description="alternatives a token that a request may ask for")
     max_queue_size: int = Field(default=1000, ge=1, description="requests that may wait")
@@ -64,6 +65,14 @@ class EngineConfig(BaseModel):
             raise ValueError(f"tensor_parallel_degree={self.tensor_parallel_degree} is known but not built yet; use 1")
         if self.device == "cuda":
             raise ValueError("device=cuda is known but not built yet; use cpu or auto")
+        return self
+
+    @model_validator(mode="after")
+    def _agreed(self) -> "EngineConfig":
+        if self.prefill_chunk_tokens is not None and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"prefill_chunk_tokens={self.prefill_chunk_tokens} contradicts enable_chunked_prefill=false; leave one of them out"
+            )
         return self
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from lmi_dist.errors import MemoryPlanError
+from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -125,13 +126,14 @@ class _Demand:
         self.num_blocks = self._num_blocks()
 
     def _working_bytes(self) -> int:
-        """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch."""
+        """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch and of prompts."""
         model = self.model
         feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
         heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
         per_token = (4 * model.hidden_size + heads + feed_forward) * self.item_bytes
-        return tokens * per_token + self.config.max_batch_size * model.vocab_size * 4
+        rows = self.config.max_batch_size + min(MAX_PROMPT_ROWS, tokens)
+        return tokens * per_token + rows * model.vocab_size * 4
 
     def _num_blocks(self) -> int:
         if self.config.kv_cache_memory_bytes is not None:

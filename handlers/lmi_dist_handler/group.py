@@ -30,6 +30,7 @@ worker_logger = logging.getLogger("lmi_dist_handler.worker")  # what workers pri
 START_MARKER = "Python engine started."
 START_TIMEOUT_S = 120.0  # imports only: the model is loaded by the init request
 EXIT_GRACE_S = 2.0
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MAX_SOCKET_PATH = 107  # bytes, of sockaddr_un
 PROGRESS_INTERVAL_S = 1.0
 LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
@@ -102,8 +103,9 @@ class Stream:
 class Group:
     """The worker's process group and connection. `died` is done, with the reason, once it is of no use any more."""
 
-    def __init__(self, name: str, model_dir: Path | None, entry_point: str) -> None:
+    def __init__(self, name: str, model_dir: Path | None, entry_point: str, environment: Mapping[str, str] | None = None) -> None:
         self._name = name
+        self._environment = environment  # of its processes; None: the server's
         self._model_dir = model_dir
         self._entry_point = entry_point
         self._codec = Codec()
@@ -114,6 +116,7 @@ class Group:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._folder: Path | None = None
+        self.num_opened = 0
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
@@ -140,6 +143,7 @@ class Group:
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "lmi_dist_handler.worker", "--sock-type", "unix", "--sock-name", str(path)),
             *("--model-dir", model_dir, "--entry-point", self._entry_point, "--device-id", "-1", "--async-mode"),
+            env=self._environment,
             cwd=self._folder,  # -m imports from it first; the worker itself goes to the model's folder later
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -169,6 +173,7 @@ class Group:
         request = Input({**properties, "handler": handler, "request_tracking_id": tracking_id}, content)
         self._writer.write(self._codec.encode_request(request))
         stream = self._streams[tracking_id] = Stream(self, tracking_id)
+        self.num_opened += handler == "handle"
         return stream
 
     async def call(self, handler: str, properties: Mapping[str, str], timeout_s: float) -> Output:
@@ -204,6 +209,14 @@ class Group:
         code = int(values["code"]) if "code" in values else None
         is_last = values["last"].lower() == "true" or code is not None
         return Piece(values["data"], is_last, code, values.get("error", ""), headers)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the worker's process holds now; 0 when there is none."""
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
 
     def die(self, reason: str, hint: str = "; it is being restarted, try again") -> None:
         """Give this worker up: whoever waits gets an error now. The processes are `kill`'s to end."""

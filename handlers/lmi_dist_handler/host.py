@@ -4,9 +4,10 @@ A request never hangs on a worker that is gone or stuck: it ends with an error w
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from lmi_dist_handler.wire import PairList
 logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "failed", "stopped"]
+Health = Literal["loading", "serving", "degraded", "restarting", "draining", "dead"]
 
 FINAL_ERRORS = ("ConfigError", "CheckpointError", "MemoryPlanError")  # the model's fault: another try would say the same
 MAX_START_FAILURES = 3
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 30.0
 STABLE_S = 60.0  # a worker that lived this long starts the count of failures anew
 WATCH_INTERVAL_S = 2.0
+SILENT_S = 5.0  # a worker answers in milliseconds; one that takes this long is in trouble, one that takes predict_timeout is lost
 
 
 class NotReadyError(LmiError):
@@ -35,6 +38,10 @@ class NotReadyError(LmiError):
 class LoadError(LmiError):
     """Loading the model failed, and would fail again."""
 
+    def __init__(self, message: str, code: int = 424) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -43,6 +50,22 @@ class Limits:
     loading_timeout_s: float = 240.0
     step_timeout_s: float = 120.0
     max_in_flight: int = 1256
+
+
+class Turns:
+    """Has models loaded one after the other, so that each plans with what those before it leave.
+
+    The system hands a KV pool out page by page, so what of a plan is not in use yet still looks free; `turn` tells how much."""
+
+    def __init__(self) -> None:
+        self.hosts: set[Host] = set()
+        self._lock = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, host: "Host", *, is_first: bool) -> AsyncIterator[int]:
+        """Wait for one's turn; gives the MiB that the other models' plans hold. A model that comes back is not made to wait."""
+        async with self._lock if is_first else contextlib.nullcontext():
+            yield sum(other.unused_bytes for other in self.hosts if other is not host) >> 20
 
 
 class Host:
@@ -56,7 +79,11 @@ class Host:
         *,
         limits: Limits | None = None,
         entry_point: str = "lmi_dist_handler",
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        """`environment`: of the worker, None for the server's own. `prepare` runs once, before the first worker starts."""
         self.name = name
         self.model_dir = model_dir
         self.state: State = "loading"
@@ -65,7 +92,17 @@ class Host:
         self._properties = dict(properties)
         self._limits = limits or Limits()
         self._entry_point = entry_point
+        self._environment = environment
+        self._prepare = prepare
+        self._turns = turns or Turns()
+        self._turns.hosts.add(self)
+        self._settled = asyncio.Event()
+        self._planned_bytes = 0
+        self.failure: LmiError | None = None  # why the model has failed for good
+        self.started_at = 0.0  # of the worker, seconds since 1970
         self._was_ready = False
+        self._asked_at: float | None = None  # since when the worker owes the answer to a look at it
+        self._failing = ""
         self._group: Group | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -74,12 +111,40 @@ class Host:
         return self._group.num_streams if self._group else 0
 
     @property
+    def health(self) -> tuple[Health, str]:
+        """How things stand, and why if they are not well. Degraded: requests are taken, but may well fail."""
+        if self.state == "ready":
+            trouble = self._trouble()
+            return ("degraded" if trouble else "serving"), trouble
+        health: dict[State, Health] = {"loading": "restarting" if self._was_ready else "loading", "failed": "dead"}
+        return health.get(self.state, "draining"), self.reason
+
+    def _trouble(self) -> str:
+        silent_s = 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+        return f"the worker has not answered for {silent_s:.0f} s" if silent_s > SILENT_S else self._failing
+
+    @property
+    def was_ready(self) -> bool:
+        """Requests have been answered, or could have been."""
+        return self._was_ready
+
+    @property
+    def unused_bytes(self) -> int:
+        """Memory that the plan gives to this model and that its worker has not taken yet."""
+        return max(0, self._planned_bytes - self._group.resident_bytes) if self._group and self.state == "ready" else 0
+
+    async def settled(self) -> None:
+        """Wait until the model is ready, has failed for good or was stopped."""
+        await self._settled.wait()
+
+    @property
     def worker_pid(self) -> int | None:
         return self._group.pid if self._group else None
 
     def start(self) -> "asyncio.Task[None]":
         """Begin to keep a worker alive. The task ends when the model has failed for good (`state`, `reason`) or was stopped."""
         self._task = asyncio.create_task(self._supervise())
+        self._task.add_done_callback(lambda _: self._settled.set())
         return self._task
 
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -96,6 +161,8 @@ class Host:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+        self._turns.hosts.discard(self)
+        self._settled.set()
         if self._group is not None:
             await self._group.kill()  # in case the task was just doing that
 
@@ -120,20 +187,21 @@ class Host:
     async def _supervise(self) -> None:
         failures = 0
         while True:
-            self._group = group = Group(self.name, self.model_dir, self._entry_point)
+            self._group = group = Group(self.name, self.model_dir, self._entry_point, self._environment)
             started = time.monotonic()
             try:
-                await self._load(group)
+                async with self._turns.turn(self, is_first=not self._was_ready) as promised_mb:
+                    await self._load(group, promised_mb)
                 self._enter("ready", "")
                 self._was_ready = True
                 reason = await self._watch(group)
             except (LoadError, ConfigError) as error:
-                self._enter("failed", str(error))
+                self._fail(error)
                 return
             except WorkerLostError as error:
                 reason = str(error)
                 if not self._was_ready and failures >= MAX_START_FAILURES - 1:
-                    self._enter("failed", f"{reason}; given up after {MAX_START_FAILURES} tries")
+                    self._fail(LoadError(f"{reason}; given up after {MAX_START_FAILURES} tries", 500))
                     return
             finally:
                 await group.kill()
@@ -147,38 +215,78 @@ class Host:
         self._enter("loading", f"{reason}; it is being restarted")
         await asyncio.sleep(delay_s)
 
-    async def _load(self, group: Group) -> None:
-        """Start the worker and have it load the model. Raises LoadError for good, WorkerLostError for now."""
-        started = time.monotonic()
+    async def _load(self, group: Group, promised_mb: int) -> None:
+        """Start the worker and have it load the model beside `promised_mb` MiB of other models' plans. Raises LoadError for good,
+        WorkerLostError for now."""
+        if self._prepare is not None:
+            prepare, self._prepare = self._prepare, None
+            await prepare()
+        started, self.started_at = time.monotonic(), time.time()
         await group.start()
         timeout_s = self._limits.loading_timeout_s
         try:
-            reply = await group.call("handle", self._properties, timeout_s)
+            reply = await group.call("handle", self._beside(promised_mb), timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             raise LoadError(
-                f"model {self.name} was not loaded within model_loading_timeout={timeout_s:g} s; set a larger one"
+                f"model {self.name} was not loaded within model_loading_timeout={timeout_s:g} s; set a larger one", 500
             ) from None
         if reply.code >= 300:
             is_final = reply.get_property("error_type") in FINAL_ERRORS
-            raise LoadError(reply.message) if is_final else WorkerLostError(reply.message)
+            raise LoadError(reply.message, reply.code) if is_final else WorkerLostError(reply.message)
+        self._planned_bytes = await _planned_bytes(group)
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - started)
+
+    def _beside(self, promised_mb: int) -> dict[str, str]:
+        """The model's properties, with the memory that other models were promised added to what it must leave."""
+        if not promised_mb:
+            return self._properties
+        own = int(self._properties.get("reserved_memory_mb", 0))
+        return {**self._properties, "reserved_memory_mb": str(own + promised_mb)}
 
     async def _watch(self, group: Group) -> str:
         """Wait until the worker is of no use any more; returns the reason. A step past its deadline is one."""
         limit_s = self._limits.step_timeout_s
+        self._failing, was_idle, num_seen = "", True, group.num_opened
         while not group.died.done():
             await asyncio.wait({group.died}, timeout=min(WATCH_INTERVAL_S, limit_s / 2))
-            if group.died.done() or group.num_streams == 0:
+            is_idle = group.num_streams == 0 and group.num_opened == num_seen
+            if group.died.done() or (is_idle and was_idle):  # once more when it has become idle: how did its last steps end?
                 continue
+            was_idle, num_seen = is_idle, group.num_opened
             try:
-                if (await group.stats(limit_s))["busy_s"] > limit_s:
-                    group.die(f"the worker of model {self.name} was in one step for more than predict_timeout={limit_s:g} s")
+                await self._look_at(group, limit_s)
             except (TimeoutError, asyncio.TimeoutError):
                 group.die(f"the worker of model {self.name} did not answer within predict_timeout={limit_s:g} s")
             except WorkerLostError as error:
                 group.die(str(error))
         return group.died.result()
 
+    async def _look_at(self, group: Group, limit_s: float) -> None:
+        """Ask for the counters: is it stuck in a step, do its steps fail? Raises TimeoutError, WorkerLostError."""
+        self._asked_at = time.monotonic()
+        try:
+            stats = await group.stats(limit_s)
+        finally:
+            self._asked_at = None
+        if stats["busy_s"] > limit_s:
+            group.die(f"the worker of model {self.name} was in one step for more than predict_timeout={limit_s:g} s")
+        failed = stats.get("num_failed_in_a_row", 0)
+        self._failing = f"the last {failed} steps failed, and with them the requests in them" if failed else ""
+
+    def _fail(self, error: LmiError) -> None:
+        self.failure = error
+        self._enter("failed", str(error))
+
     def _enter(self, state: State, reason: str) -> None:
         if self.state != "stopped":
             self.state, self.reason = state, reason
+        if state != "loading":
+            self._settled.set()
+
+
+async def _planned_bytes(group: Group) -> int:
+    """What the model's memory plan comes to; 0 from a worker that does not say."""
+    try:
+        return int((await group.stats(SILENT_S)).get("planned_bytes", 0))
+    except (TimeoutError, asyncio.TimeoutError):
+        return 0

@@ -7,12 +7,11 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -22,35 +21,26 @@ from lmi_dist_handler import page
 from lmi_dist_handler.formatter import TGI_ROUTES, dialect_of_route
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
 from lmi_dist_handler.group import Piece, Stream, WorkerLostError
-from lmi_dist_handler.host import Host
+from lmi_dist_handler.host import Health
+from lmi_dist_handler.management import Management
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.properties import ServerSettings
+from lmi_dist_handler.registry import Registry, Served
 from lmi_dist_handler.sagemaker import Runtime
 from lmi_dist_handler.wire import PairList
 
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
+BODY_BYTES_PER_S = 16 * 1024  # a body that comes slower than this ends with read_timeout
 LINGER_S = 2.0  # a client that sends too much is heard out this long, so that it reads the answer
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
-PING_STATUS = {"loading": "PENDING", "ready": "Healthy", "failed": "FAILED", "stopped": "Unhealthy"}
-MODEL_STATUS = {"loading": "PENDING", "ready": "READY", "failed": "FAILED", "stopped": "PENDING"}
+PING_STATUS: dict[Health, str] = {
+    "loading": "PENDING", "serving": "Healthy", "degraded": "Unhealthy", "restarting": "Unhealthy", "draining": "Unhealthy",
+    "dead": "FAILED",
+}  # fmt: skip
 
 
 PLACEHOLDERS = ("dummy", "tgi")  # what Hugging Face's clients write where a URL stands for the model
 PRIVATE = ("request_tracking_id", "abort_tracking_id", "lmi_route", "requestid")  # properties that no client may set
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A model as clients see it."""
-
-    host: Host
-    version: str
-    model_id: str
-    options: tuple[tuple[str, str, str], ...] = ()  # option, value in use, origin
-
-    @property
-    def name(self) -> str:
-        return self.host.name
 
 
 class Streamed(Response):
@@ -103,8 +93,8 @@ class Streamed(Response):
 class Api:
     """The routes. Each method is an endpoint or serves one."""
 
-    def __init__(self, served: Iterable[Served], server: ServerSettings, metrics: Metrics) -> None:
-        self._served = {model.name: model for model in served}
+    def __init__(self, models: Registry, server: ServerSettings, metrics: Metrics) -> None:
+        self._models = models
         self._server = server
         self._metrics = metrics
         self._started = int(time.time())
@@ -119,29 +109,29 @@ class Api:
             Route("/predictions/{model}", self.invoke, methods=post),
             Route("/predictions/{model}/{version}", self.invoke, methods=post),
             Route("/models/{model}/invoke", self.invoke, methods=post),
-            Route("/models", self.models, methods=get),
-            Route("/models/{model}", self.describe, methods=get),
+            *Management(self._models, self._server.drain_timeout).routes(),
             Route("/metrics", self.show_metrics, methods=get),
             *(Route(path, self.invoke, methods=post) for path in TGI_ROUTES),
             Route("/v1/models", self.openai_models, methods=get),
             Route("/v1/completions", self.openai, methods=post),
             Route("/v1/chat/completions", self.openai, methods=post),
         ]
-        app = Starlette(routes=routes, exception_handlers={LmiError: self._on_error, HTTPException: self._on_http_exception})
+        handlers = {LmiError: self._on_error, HTTPException: self._on_http_exception, Exception: self._on_bug}
+        app = Starlette(routes=routes, exception_handlers=handlers)
         return Front(Runtime(app), self._metrics, self._server.api_key)
 
     async def root(self, request: Request) -> Response:
         """The page for a browser; else a few words of JSON."""
         if page.wants_page(request.headers.get("accept", "")):
             return page.page()
-        models = {name: model.host.state for name, model in self._served.items()}
+        models = {model.host.name: model.host.state for model in self._models.all()}
         return json_response(
             {"server": "lmi-dist", "models": models, "routes": ["/ping", "/invocations", "/v1/chat/completions", "/metrics"]}
         )
 
     async def status(self, request: Request) -> Response:
         """What the page shows, and why."""
-        served = list(self._served.values())
+        served = self._models.all()
         stats = await asyncio.gather(*(model.host.stats() for model in served))
         models = [
             page.model_status(model.host, model.version, model.model_id, model.options, values)
@@ -153,38 +143,25 @@ class Api:
         )
 
     async def ping(self, request: Request) -> Response:
-        """Per model how it stands; 200 only if all of them answer."""
-        hosts = [model.host for model in self._served.values()]
-        code = (
-            500 if any(host.state == "failed" for host in hosts) else 200 if all(host.state == "ready" for host in hosts) else 503
-        )
+        """Per model how it stands; 200 only if all of them take requests, 500 if one never will."""
+        found = {model.host.name: model.host.health for model in self._models.all()}
+        states = {found[model.host.name][0] for model in self._models.all() if model.counts}
+        code = 500 if "dead" in states else 200 if states <= {"serving", "degraded"} else 503
         body = {
-            host.name: {"status": PING_STATUS[host.state], **({"reason": host.reason} if host.reason else {})} for host in hosts
+            name: {"status": PING_STATUS[health], **({"reason": reason} if reason else {})}
+            for name, (health, reason) in found.items()
         }
         return json_response(body, code)
 
-    async def models(self, request: Request) -> Response:
-        return json_response({"models": [self._summary(model) for model in self._served.values()]})
-
-    async def describe(self, request: Request) -> Response:
-        model = self._find(request.path_params["model"])
-        host = model.host
-        workers = [{"id": host.worker_pid, "status": MODEL_STATUS[host.state]}]
-        group = {"device": {"deviceType": "cpu", "deviceId": -1}, "minWorkers": 1, "maxWorkers": 1, "workers": workers}
-        queue = {"queueSize": self._server.job_queue_size, "requestInQueue": host.num_in_flight}
-        details = {"batchSize": 1, **queue, "loadedAtStartup": True, "workerGroups": [group], "reason": host.reason}
-        return json_response(
-            [{"workflowName": model.name, "version": model.version, "models": [{**self._summary(model), **details}]}]
-        )
-
     async def show_metrics(self, request: Request) -> Response:
-        hosts = [model.host for model in self._served.values()]
+        hosts = [model.host for model in self._models.all()]
         stats = await asyncio.gather(*(host.stats() for host in hosts))
         known = {host.name: values for host, values in zip(hosts, stats, strict=True) if values}
         return PlainTextResponse(self._metrics.text(hosts, known), media_type="text/plain; version=0.0.4")
 
     async def openai_models(self, request: Request) -> Response:
-        models = [{"id": name, "object": "model", "created": self._started, "owned_by": "lmi-dist"} for name in self._served]
+        names = dict.fromkeys(model.name for model in self._models.all())
+        models = [{"id": name, "object": "model", "created": self._started, "owned_by": "lmi-dist"} for name in names]
         return json_response({"object": "list", "data": models})
 
     async def invoke(self, request: Request) -> Response:
@@ -194,7 +171,7 @@ class Api:
         properties = _properties(request)
         name = request.path_params.get("model") or request.query_params.get("model_name") or properties.get("model_name")
         version = request.path_params.get("version") or request.query_params.get("model_version") or properties.get("model_version")
-        model = self._find(name, version)
+        model = self._models.find(name, version)
         return await self._answer(request, model, properties, await self._body(request))
 
     async def openai(self, request: Request) -> Response:
@@ -223,12 +200,12 @@ class Api:
         return Response(piece.text, piece.code or 200, dict(piece.headers))
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body. Raises HttpError 413 above the limit."""
+        """The whole body. Raises HttpError 413 above the limit, 408 when it comes too slowly, ClientGoneError."""
         limit, size, pieces = self._server.max_request_size, 0, []
         declared = request.headers.get("content-length", "")
         chunks = request.stream()
         if not (declared.isdecimal() and int(declared) > limit):
-            async for chunk in chunks:
+            async for chunk in _in_time(chunks, self._server.read_timeout):
                 size += len(chunk)
                 if size > limit:
                     break
@@ -239,35 +216,19 @@ class Api:
             await _linger(chunks)
         raise HttpError(413, f"the body has more than max_request_size={limit} bytes; set SERVING_MAX_REQUEST_SIZE to allow more")
 
-    def _find(self, name: str | None, version: str | None = None) -> Served:
-        """The model of this name, or the only one (djl-contract 6.2)."""
-        if name is None and len(self._served) == 1:
-            return next(iter(self._served.values()))
-        if name is None:
-            raise HttpError(400, "Parameter model_name is required.")
-        model = self._served.get(name)
-        if model is None or (version is not None and version != model.version):
-            raise HttpError(404, f"Model or workflow not found: {name}")
-        return model
-
     def _find_openai(self, name: str | None) -> Served:
         """The model of this name or model id. A body that names none, or cannot be read, goes to the only model, which says so."""
-        if (name is None or name in PLACEHOLDERS) and len(self._served) == 1:
-            return self._find(None)
-        found = next((model for model in self._served.values() if name in (model.name, model.model_id)), None)
-        if found is None:
-            raise HttpError(404, f"model={name!r} does not exist; there is {', '.join(self._served)}")
-        return found
-
-    def _summary(self, model: Served) -> dict[str, str]:
-        version = {"version": model.version} if model.version else {}
-        status = MODEL_STATUS[model.host.state]
-        return {"modelName": model.name, **version, "modelUrl": model.model_id, "status": status}
+        is_unnamed = name is None or name in PLACEHOLDERS
+        return self._models.find(None) if is_unnamed and len(self._models.all()) == 1 else self._models.find_openai(name)
 
     async def _on_error(self, request: Request, error: Exception) -> Response:
         if isinstance(error, ClientGoneError):
             self._metrics.client_gone()
         return refusal(request.scope, error)
+
+    async def _on_bug(self, request: Request, error: Exception) -> Response:
+        """What nobody raised on purpose; its traceback goes to the log, not to the client."""
+        return refusal(request.scope, HttpError(500, f"internal error: {type(error).__name__}; see the server's log"))
 
     async def _on_http_exception(self, request: Request, error: Exception) -> Response:
         """Unknown routes and wrong methods."""
@@ -315,6 +276,27 @@ async def _watch(receive: Receive, stream: Stream) -> None:
     stream.interrupt(ClientGoneError("the client has closed its connection"))
 
 
+async def _in_time(chunks: AsyncIterator[bytes], timeout_s: float) -> AsyncIterator[bytes]:
+    """The chunks. Raises HttpError when they are late: after timeout_s, and a second more for each BODY_BYTES_PER_S that came."""
+    started, size = time.monotonic(), 0
+    while True:
+        rest_s = started + timeout_s + size / BODY_BYTES_PER_S - time.monotonic()
+        try:
+            chunk = await asyncio.wait_for(anext(chunks), max(0.0, rest_s))
+        except StopAsyncIteration:
+            return
+        except ClientDisconnect:
+            raise ClientGoneError("the client has closed its connection before its body's end") from None
+        except (TimeoutError, asyncio.TimeoutError):
+            raise HttpError(
+                408,
+                f"{size} bytes of the body have come within read_timeout={timeout_s:g} s; send it faster than "
+                f"{BODY_BYTES_PER_S} bytes a second",
+            ) from None
+        size += len(chunk)
+        yield chunk
+
+
 async def _linger(chunks: AsyncIterator[bytes]) -> None:
     """Read and forget what a client is still sending, for a while: one that is cut off never sees the answer."""
 
@@ -322,5 +304,5 @@ async def _linger(chunks: AsyncIterator[bytes]) -> None:
         async for _ in chunks:
             pass
 
-    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+    with contextlib.suppress(TimeoutError, asyncio.TimeoutError, ClientDisconnect):
         await asyncio.wait_for(forget(), LINGER_S)

@@ -4,16 +4,20 @@ Looks at folders, reads no environment and no serving.properties.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmi_dist import ConfigError
+from lmi_dist_handler.words import Word
 
 ENTRY = re.compile(r"(\[?([^?]+?)]?=)?(.+)")
 ENGINES = {"mpi": "MPI", "python": "Python", "deepspeed": "MPI"}
 ANY_DEVICE = ("", "*", "0", "-1", "cpu")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".jar", ".war", ".mar")
 DEFAULT_STORE = Path("/opt/ml/model")
+NAME = re.compile(r"[\w.-]{0,128}")
+THREE_WAYS = "set OPTION_MODEL_ID to a folder or hub id, or MODEL_DIR to a folder with serving.properties, or SERVING_LOAD_MODELS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,63 @@ class Entry:
     def model_name(self) -> str:
         """As given, else the last element of the url."""
         return self.name or re.sub(r"[^\w.-]", "_", self.url.rstrip("/").rpartition("/")[2]) or "model"
+
+
+def entries(model_dir: Path | None, words: Mapping[str, Word], server: Mapping[str, Word]) -> list[Entry]:
+    """What to load, by the first of: a folder on the command line, MODEL_DIR, load_models, model_store, SageMaker's folder; then
+    HF_MODEL_ID's model. None of them: OPTION_MODEL_ID's. Empty only where a list or a store says so."""
+    named = model_dir or ("MODEL_DIR" in words and Path(words["MODEL_DIR"].value))
+    if named:
+        if not named.is_dir():
+            raise ConfigError(f"{'--model-dir' if model_dir else 'MODEL_DIR'}={str(named)!r} is not a folder")
+        return [Entry(str(named.resolve()), "--model-dir" if model_dir else "MODEL_DIR")]
+    found = _listed_entries(server) + ([hub_entry(words["HF_MODEL_ID"].value)] if "HF_MODEL_ID" in words else [])
+    is_told = "load_models" in server or "model_store" in server
+    return found if found or is_told else [Entry("", "")]
+
+
+def _listed_entries(server: Mapping[str, Word]) -> list[Entry]:
+    store = server["model_store"].value if "model_store" in server else ""
+    if "load_models" in server:
+        text = server["load_models"]
+        return parse_entries(text.value, store or str(DEFAULT_STORE), text.origin)
+    return parse_entries("ALL", store, "model_store") if store else default_entries()
+
+
+def folder_as_model(entry: Entry) -> Word:
+    """The model's folder, or the s3:// url given for it, is the checkpoint itself. ConfigError if it cannot be."""
+    if entry.url.startswith("s3://"):
+        return Word(entry.url, entry.origin, "option.model_id")
+    if entry.folder and (entry.folder / "config.json").exists():
+        return Word(str(entry.folder), entry.origin, "option.model_id")
+    if entry.folder:
+        raise ConfigError(f"{entry.folder} holds neither option.model_id in a serving.properties nor a config.json; {THREE_WAYS}")
+    missing = f"{entry.origin}: {entry.url!r} is not a folder and option.model_id is not set" if entry.url else "no model was given"
+    raise ConfigError(f"{missing}; {THREE_WAYS}")
+
+
+def check_own_checkpoint(entry: Entry, for_all: Word | None) -> None:
+    """One of several models must not lose its own checkpoint to an option.model_id that was meant for all. Raises ConfigError."""
+    if for_all and entry.folder and (entry.folder / "config.json").exists():
+        raise ConfigError(
+            f"{for_all}={for_all.value!r} would take the place of the checkpoint in {entry.folder}; leave it out, "
+            f"or write option.model_id into the serving.properties of each model"
+        )
+
+
+def absolute(word: Word, folder: Path | None) -> Word:
+    """A relative path made absolute, against the model's folder, else the current one: workers start in another folder."""
+    for path in ([folder / word.value] if folder else []) + [Path(word.value).expanduser()]:
+        if "://" not in word.value and path.is_dir():
+            return replace(word, value=str(path.resolve()))
+    return word
+
+
+def check_name(name: str, origin: str) -> str:
+    """A model's name or version, which routes, logs and metrics can carry; may be empty."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{origin}={name!r} must be at most 128 letters, digits, dots, dashes and underscores")
+    return name
 
 
 def canonical_engine(name: str, origin: str) -> str:
@@ -63,6 +124,8 @@ def parse_entry(word: str, origin: str) -> Entry:
     if match is None or len(fields) > 4:
         raise ConfigError(f"{origin}: {word!r} must look like [name[:version[:engine[:devices]]]=]folder")
     name, version, engine, devices = (*fields, "", "", "", "")[:4]
+    check_name(name, f"{origin}: name")
+    check_name(version, f"{origin}: version")
     if any(device not in ANY_DEVICE for device in devices.split(";")):
         raise ConfigError(f"{origin}: devices={devices!r} is known but not built yet; leave it out")
     engine = canonical_engine(engine, origin) if engine else ""

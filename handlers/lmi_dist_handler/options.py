@@ -170,7 +170,10 @@ OPTIONS: dict[str, Option] = _table()
 WORKER_PROPERTIES = ("handler", "model_dir", "model_name", "device_id", "request_tracking_id")
 
 # read under these names from config.properties, SERVING_* and the command line
-SERVER_FIELDS = ("host", "port", "max_request_size", "job_queue_size", "chunked_read_timeout", "api_key")
+SERVER_FIELDS = (
+    "host", "port", "max_request_size", "job_queue_size", "chunked_read_timeout", "api_key", "read_timeout", "write_timeout",
+    "drain_timeout", "log_format", "model_store", "allow_any_model_url", "install_requirements", "allow_env", "offline",
+)  # fmt: skip
 
 SERVER_UNBUILT = {
     "management_address": (), "cors_allowed_origin": (), "cors_allowed_methods": (), "cors_allowed_headers": (),

@@ -5,28 +5,21 @@ The only reader of the environment. Knows no default and no rule of the engine: 
 variables that mean one of these; of the server's words: command line, SERVING_*, config.properties.
 """
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lmi_dist import ConfigError, EngineConfig
-from lmi_dist_handler.load_models import (
-    DEFAULT_STORE,
-    Entry,
-    canonical_engine,
-    default_entries,
-    hub_entry,
-    parse_entries,
-)
+from lmi_dist_handler.load_models import Entry, absolute, canonical_engine, check_own_checkpoint, entries, folder_as_model
 from lmi_dist_handler.options import (
     FORMATTERS,
-    HOST,
     OPTIONS,
     SECRETS,
     SERVER_FIELDS,
@@ -35,14 +28,14 @@ from lmi_dist_handler.options import (
     Formatter,
     Option,
 )
+from lmi_dist_handler.registration import registration, store_of
 from lmi_dist_handler.server_words import server_words
 from lmi_dist_handler.settle import not_built, resolve_degree, settle
-from lmi_dist_handler.words import Word, argument_words, environment_words, file_words, option_words
+from lmi_dist_handler.words import Word, argument_words, environment_words, file_words, option_words, parse_env
 
 MASK = "***"
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 OURS = ("lmi-dist", "vllm", "auto")  # values of rolling_batch that mean this engine
-THREE_WAYS = "set OPTION_MODEL_ID to a folder or hub id, or MODEL_DIR to a folder with serving.properties, or SERVING_LOAD_MODELS"
 
 
 class ServerSettings(BaseModel):
@@ -54,21 +47,40 @@ class ServerSettings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0: any that is free")
     max_request_size: int = Field(default=67108864, ge=1, description="bytes of a body at most")
     job_queue_size: int = Field(default=1000, ge=1, description="requests that may wait")
-    predict_timeout: int = Field(default=240, ge=1, description="seconds that a step may take")
-    model_loading_timeout: int = Field(default=1200, ge=1, description="seconds until a model must be ready")
     chunked_read_timeout: int = Field(default=120, ge=1, description="seconds between two pieces of an answer")
     api_key: str | None = Field(default=None, min_length=1, description="bearer key that every route but /ping asks for")
+    read_timeout: int = Field(default=30, ge=1, description="seconds for headers, and for a body slower than 16 KiB/s; then 408")
+    write_timeout: int = Field(default=60, ge=1, description="seconds without reading, after which a client is cut off")
+    drain_timeout: int = Field(default=25, ge=0, description="seconds that running requests get after SIGTERM")
+    log_format: Literal["text", "json"] = Field(default="text", description="one line a record, as text or as JSON")
+    model_store: str | None = Field(default=None, description="folder of models: loaded at the start, open to POST /models")
+    allow_any_model_url: bool = Field(default=False, description="let POST /models name what lies outside the model store")
+    install_requirements: bool = Field(default=False, description="let pip install a model folder's requirements.txt")
+    allow_env: bool = Field(default=False, description="take option.env of a model's own file")
+    offline: bool = Field(default=False, description="pip fetches nothing: requirements come from the model's folder requirements/")
     origin: Mapping[str, str] = Field(default_factory=dict)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows (word, value in use, origin); a secret only as set or unset."""
+        rows = [(name, _told(name, getattr(self, name)), self.origin.get(name, "default")) for name in SERVER_FIELDS]
+        return [(f"SERVING_{name.upper()}", value, origin) for name, value, origin in rows]
+
+
+class WorkerConfig(BaseModel):
+    """What the host process needs to know of one model's worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_queue_size: int = Field(default=1000, ge=1, description="requests that may wait")
+    predict_timeout: int = Field(default=240, ge=1, description="seconds that a step may take")
+    model_loading_timeout: int = Field(default=1200, ge=1, description="seconds until a model must be ready")
+    env: Annotated[Mapping[str, str] | None, BeforeValidator(parse_env)] = Field(
+        default=None, description="variables for the model's worker, as K=V,K2=V2; needs SERVING_ALLOW_ENV=true"
+    )
 
 
 class HandlerConfig(BaseModel):
     """What a worker needs: how to run the model and how to answer."""
-
-    def table(self) -> list[tuple[str, str, str]]:
-        """Rows (word, value in use, origin); a secret only as set or unset."""
-        words = {field: key for key, field in HOST.items()} | {name: f"SERVING_{name.upper()}" for name in SERVER_FIELDS}
-        names = [name for name in type(self).model_fields if name != "origin"]
-        return [(words[name], _told(name, getattr(self, name)), self.origin.get(name, "default")) for name in names]
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -89,13 +101,16 @@ class ModelSettings:
     values: Mapping[str, str]
     origin: Mapping[str, str]
     handler: HandlerConfig
+    worker: WorkerConfig
+    environment: Mapping[str, str] | None = None  # of the worker; None: the server's own
 
     def engine_config(self) -> EngineConfig:
         return self.handler.engine
 
     def init_properties(self) -> dict[str, str]:
         """The properties of the init request (contract 3.5)."""
-        return {**self.values, "model_name": self.name, "handler": "handle"}
+        values = {name: value for name, value in self.values.items() if name != "env"}
+        return {**values, "model_name": self.name, "handler": "handle"}
 
     def table(self) -> list[tuple[str, str, str]]:
         """Rows (option, value in use, origin) of every option that has an effect, then of those given that have none."""
@@ -111,8 +126,10 @@ class ModelSettings:
     def _in_use(self, option: Option) -> object:
         if option.reader == "engine":
             return getattr(self.handler.engine, option.field)
-        if option.field == "rolling_batch":
-            return self.values.get("rolling_batch", "lmi-dist")
+        if option.field in ("rolling_batch", "engine"):
+            return self.values.get("rolling_batch", "lmi-dist") if option.field == "rolling_batch" else self.engine
+        if option.reader == "host":
+            return getattr(self.worker, option.field)
         return getattr(self.handler, option.field)
 
 
@@ -122,6 +139,14 @@ class Settings:
 
     server: ServerSettings
     models: tuple[ModelSettings, ...]
+    shared: Mapping[str, Word] = dataclasses.field(default_factory=dict)  # words for every model, also for those to be registered
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def register(self, parameters: Mapping[str, str]) -> ModelSettings:
+        """Settings of the model that POST /models asks for (contract 6.8). Raises ConfigError by name."""
+        store = store_of(self.server.model_store)
+        entry, given = registration(parameters, store, any_url=self.server.allow_any_model_url)
+        return _model(entry, self.shared, self.environ, self.server, given, is_alone=False)
 
 
 def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, arguments: Mapping[str, str] = NO_WORDS) -> Settings:
@@ -130,16 +155,17 @@ def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, argume
     Raises ConfigError that names the first word at fault, where it was written, the rule and the way out."""
     words = environment_words(environ)
     server = server_words(words, arguments)
-    entries = _entries(model_dir, words, server)
+    found = entries(model_dir, words, server)
+    settings = _server_settings(server)
     queue = {key: word for key, word in server.items() if key == "job_queue_size"}
     shared = {**queue, **option_words(words), **argument_words(arguments)}
-    models = tuple(_model(entry, shared, environ) for entry in entries)
-    names = [model.name for model in models]
+    models = tuple(_model(entry, shared, environ, settings, {}, is_alone=len(found) == 1) for entry in found)
+    names = [f"{model.name}:{model.version}".rstrip(":") for model in models]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"two models have the same name among {', '.join(names)}; name them as in SERVING_LOAD_MODELS=name=folder"
         )
-    return Settings(_server_settings(server, models), models)
+    return Settings(settings, models, shared, environ)
 
 
 def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> HandlerConfig:
@@ -156,40 +182,27 @@ def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.env
     return _handler_config(settled, name)
 
 
-def _entries(model_dir: Path | None, words: Mapping[str, Word], server: Mapping[str, Word]) -> list[Entry]:
-    """What to load, by the first of: a folder on the command line, MODEL_DIR, load_models, model_store, SageMaker's folder; then
-    HF_MODEL_ID's model. None of them: OPTION_MODEL_ID's."""
-    named = model_dir or ("MODEL_DIR" in words and Path(words["MODEL_DIR"].value))
-    if named:
-        if not named.is_dir():
-            raise ConfigError(f"{'--model-dir' if model_dir else 'MODEL_DIR'}={str(named)!r} is not a folder")
-        return [Entry(str(named.resolve()), "--model-dir" if model_dir else "MODEL_DIR")]
-    found = _listed_entries(server) + ([hub_entry(words["HF_MODEL_ID"].value)] if "HF_MODEL_ID" in words else [])
-    if not found and "load_models" not in server:
-        found = [Entry("", "")]
-    if not found:
-        raise ConfigError(f"no model to load; {THREE_WAYS}")
-    return found
-
-
-def _listed_entries(server: Mapping[str, Word]) -> list[Entry]:
-    store = server["model_store"].value if "model_store" in server else ""
-    if "load_models" in server:
-        text = server["load_models"]
-        return parse_entries(text.value, store or str(DEFAULT_STORE), text.origin)
-    return parse_entries("ALL", store, "model_store") if store else default_entries()
-
-
-def _model(entry: Entry, shared: Mapping[str, Word], environ: Mapping[str, str]) -> ModelSettings:
+def _model(
+    entry: Entry,
+    shared: Mapping[str, Word],
+    environ: Mapping[str, str],
+    server: ServerSettings,
+    given: Mapping[str, Word],
+    *,
+    is_alone: bool,
+) -> ModelSettings:
+    """One model from the words of all, those of its file and what was `given` for it alone."""
     folder = entry.folder
     path = folder / "serving.properties" if folder else None
     from_file = file_words(path) if path and path.exists() else {}
     on_command_line = {key: word for key, word in shared.items() if word.origin == "command line"}
-    words = {**shared, **from_file, **_entry_words(entry, environ), **on_command_line}
+    words = {**shared, **from_file, **_entry_words(entry, environ), **on_command_line, **given}
+    if not (is_alone or _has_model(from_file)):
+        check_own_checkpoint(entry, shared.get("option.model_id"))
     if not _has_model(words):
-        words["option.model_id"] = _folder_as_model(entry)
+        words["option.model_id"] = folder_as_model(entry)
     settled = _with_queue(resolve_degree(settle(words, inside_djl=False), environ))
-    settled["option.model_id"] = _absolute(settled["option.model_id"], folder)
+    settled["option.model_id"] = absolute(settled["option.model_id"], folder)
     engine = settled.get("engine")
     return ModelSettings(
         name=entry.model_name,
@@ -199,7 +212,17 @@ def _model(entry: Entry, shared: Mapping[str, Word], environ: Mapping[str, str])
         values={OPTIONS[key].name: word.value for key, word in settled.items()},
         origin={OPTIONS[key].name: word.origin for key, word in settled.items()},
         handler=_handler_config(settled, entry.model_name),
+        worker=(worker := _worker_config(settled, server)),
+        environment=None if worker.env is None else {**environ, **worker.env},
     )
+
+
+def _worker_config(words: Mapping[str, Word], server: ServerSettings) -> WorkerConfig:
+    if "option.env" in words and not server.allow_env:
+        raise ConfigError(f"{words['option.env']} is refused: a model may set variables only with SERVING_ALLOW_ENV=true")
+    fields = {OPTIONS[key].field: word for key, word in words.items() if OPTIONS[key].reader == "host"}
+    fields.pop("engine", None)
+    return _validated(WorkerConfig, fields, {})
 
 
 def _entry_words(entry: Entry, environ: Mapping[str, str]) -> dict[str, Word]:
@@ -222,26 +245,6 @@ def _with_queue(words: dict[str, Word]) -> dict[str, Word]:
 
 def _has_model(words: Mapping[str, Word]) -> bool:
     return "option.model_id" in words or "option.s3url" in words
-
-
-def _folder_as_model(entry: Entry) -> Word:
-    """The model's folder, or the s3:// url given for it, is the checkpoint itself. ConfigError if it cannot be."""
-    if entry.url.startswith("s3://"):
-        return Word(entry.url, entry.origin, "option.model_id")
-    if entry.folder and (entry.folder / "config.json").exists():
-        return Word(str(entry.folder), entry.origin, "option.model_id")
-    if entry.folder:
-        raise ConfigError(f"{entry.folder} holds neither option.model_id in a serving.properties nor a config.json; {THREE_WAYS}")
-    missing = f"{entry.origin}: {entry.url!r} is not a folder and option.model_id is not set" if entry.url else "no model was given"
-    raise ConfigError(f"{missing}; {THREE_WAYS}")
-
-
-def _absolute(word: Word, folder: Path | None) -> Word:
-    """A relative path made absolute, against the model's folder, else the current one: workers start in another folder."""
-    for path in ([folder / word.value] if folder else []) + [Path(word.value).expanduser()]:
-        if "://" not in word.value and path.is_dir():
-            return replace(word, value=str(path.resolve()))
-    return word
 
 
 def _handler_config(words: Mapping[str, Word], model_name: str) -> HandlerConfig:
@@ -270,14 +273,8 @@ def _check_formatter(words: Mapping[str, Word]) -> None:
         raise not_built(word, FORMATTERS)
 
 
-def _server_settings(words: Mapping[str, Word], models: tuple[ModelSettings, ...]) -> ServerSettings:
+def _server_settings(words: Mapping[str, Word]) -> ServerSettings:
     given = {key: word for key, word in words.items() if key in SERVER_FIELDS}
-    for name in ("predict_timeout", "model_loading_timeout", "job_queue_size"):
-        wishes = {model.values[name]: model.origin[name] for model in models if name in model.values}
-        if len(wishes) > 1:
-            raise ConfigError(f"models of one server must agree on {name}, not ask for {' and '.join(sorted(wishes))}")
-        for value, origin in wishes.items():
-            given[name] = Word(value, origin, name)
     return _validated(ServerSettings, given, {"origin": {name: word.origin for name, word in given.items()}})
 
 
@@ -310,16 +307,16 @@ def _text(name: str, value: object) -> str:
 
 
 def _effective() -> list[tuple[str, Option]]:
-    return [(key, option) for key, option in OPTIONS.items() if option.reader in ("engine", "handler")]
+    return [(key, option) for key, option in OPTIONS.items() if option.reader in ("engine", "handler", "host")]
 
 
-def _shown(value: object) -> str:
-    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 def _told(name: str, value: object) -> str:
     """The value of an option as anybody may see it."""
     return MASK if name in SECRETS and value is not None else _shown(value)
 
 
+def _shown(value: object) -> str:
     """A value as an operator would write it, without the name and password that a url may hold."""
     if isinstance(value, str) and "://" in value:
         return re.sub(r"://[^/@\s]*@", f"://{MASK}@", value)
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,29 +4,34 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import uvicorn
 
 from lmi_dist import ConfigError
-from lmi_dist_handler.front import Front
-from lmi_dist_handler.host import Host, Limits
-from lmi_dist_handler.http import Api, Served
+from lmi_dist_handler.connection import MAX_HEADER_BYTES, connections
+from lmi_dist_handler.host import Host
+from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import ModelSettings, ServerSettings, Settings
+from lmi_dist_handler.properties import ServerSettings, Settings
+from lmi_dist_handler.registry import Registry, of_settings
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 5.0  # what requests in flight get after a signal
-FAILED_GRACE_S = 1.0  # how long /ping still tells that a model failed, before the server ends
+FLUSH_S = 5  # what answers get to leave once they are written
+MAX_FILES = 65536  # open at most, where the system allows it: each client is one
+FAILED_GRACE_S = 3.0  # how long /ping still tells that a model failed, before the server ends
 BACKLOG = 2048
 
 
 def serve(settings: Settings) -> str | None:
     """Serve until SIGTERM or SIGINT. Returns None, or the sentence for which a model could not be loaded.
     Raises ConfigError when the port cannot be had."""
+    _allow_files()
     listener = bind(settings.server)
     return asyncio.run(_Server(settings, listener).run())
 
@@ -59,9 +64,9 @@ class _Server:
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._listener = listener
-        served = [_served(model, settings.server) for model in settings.models]
-        self._hosts = [model.host for model in served]
-        self._uvicorn = _Uvicorn(_uvicorn_config(Api(served, settings.server, Metrics()).app()))
+        self._models = of_settings(settings)
+        self._drain_s = settings.server.drain_timeout
+        self._uvicorn = _Uvicorn(_uvicorn_config(self._models, settings.server))
         self._ending: asyncio.Task[None] | None = None
         self._failure: str | None = None
 
@@ -70,9 +75,10 @@ class _Server:
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._on_signal, name)
         host, port = self._listener.getsockname()[:2]
-        names = ", ".join(host.name for host in self._hosts)
+        hosts = [model.host for model in self._models.all()]
+        names = ", ".join(host.name for host in hosts) or "no model: POST /models registers one"
         logger.info("listening on http://%s:%d, loading %s", f"[{host}]" if ":" in host else host, port, names)
-        minders = [asyncio.create_task(self._mind(host)) for host in self._hosts]
+        minders = [asyncio.create_task(self._mind(host)) for host in hosts]
         await self._uvicorn.serve(sockets=[self._listener])
         await asyncio.gather(*minders, *([self._ending] if self._ending else []))
         return self._failure
@@ -90,34 +96,41 @@ class _Server:
     def _on_signal(self, name: signal.Signals) -> None:
         if self._ending is not None:
             logger.warning("%s again: not waiting any longer", name.name)
-            self._uvicorn.force_exit = True
+            if not self._uvicorn.force_exit:
+                self._ending.cancel()
+            self._drain_s, self._uvicorn.force_exit = 0, True
             return
-        logger.info("%s: no new requests; those in flight have %g s", name.name, DRAIN_S)
+        logger.info("%s: no new requests; those in flight have drain_timeout=%d s", name.name, self._drain_s)
         self._end()
 
     def _end(self) -> None:
+        self._ending = self._ending or asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        """First the models, while the port goes on telling that no more requests are taken; then the port."""
+        try:
+            await self._stop_hosts()
+        except asyncio.CancelledError:  # a second signal
+            await self._stop_hosts()
         self._uvicorn.should_exit = True
-        self._ending = self._ending or asyncio.create_task(self._stop_hosts())
 
     async def _stop_hosts(self) -> None:
-        await asyncio.gather(*(host.stop(DRAIN_S) for host in self._hosts))
+        await self._models.stop(self._drain_s)
 
 
-def _served(model: ModelSettings, server: ServerSettings) -> Served:
-    config = model.engine_config()
-    limits = Limits(
-        loading_timeout_s=server.model_loading_timeout,
-        step_timeout_s=server.predict_timeout,
-        max_in_flight=server.job_queue_size + config.max_batch_size,
-    )
-    return Served(
-        Host(model.name, model.folder, model.init_properties(), limits=limits), model.version, config.model, tuple(model.table())
-    )
+def _allow_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
-def _uvicorn_config(app: Front) -> uvicorn.Config:
+def _uvicorn_config(models: Registry, server: ServerSettings) -> uvicorn.Config:
+    metrics = Metrics()
+    protocol = connections(metrics, read_timeout_s=server.read_timeout, write_timeout_s=server.write_timeout)
     return uvicorn.Config(
-        app,
+        Api(models, server, metrics).app(),
+        http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_config=None,
         log_level=logging.WARNING,
         access_log=False,  # Front writes it
@@ -126,5 +139,5 @@ def _uvicorn_config(app: Front) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(DRAIN_S) + 5,  # hosts end their requests by themselves within DRAIN_S
+        timeout_graceful_shutdown=FLUSH_S,  # the models have ended their requests by then
     )

@@ -3,6 +3,8 @@
 Reads what it is given: properties.py alone looks at the process's environment.
 """
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -13,6 +15,9 @@ import javaproperties
 from lmi_dist import ConfigError
 from lmi_dist_handler.options import OPTIONS
 
+logger = logging.getLogger(__name__)
+
+NEWLINE = re.compile(r"\r\n|\r|\n")  # Java's; str.splitlines knows more
 INVERTED = {"true": "false", "false": "true"}
 
 # Variable to the variable it stands for, where that one is unset; in order, so that chains work (contract 5.4).
@@ -37,6 +42,8 @@ TRANSLATIONS = (
     ("SAGEMAKER_MAX_REQUEST_SIZE", "SERVING_MAX_REQUEST_SIZE"),
     ("SAGEMAKER_MAX_PAYLOAD_IN_MB", "SERVING_MAX_REQUEST_SIZE"),
     ("HF_MODEL_REVISION", "HF_REVISION"),
+    ("DJL_ENTRY_POINT", "OPTION_ENTRYPOINT"),
+    ("DJL_OFFLINE", "SERVING_OFFLINE"),
 )
 
 
@@ -59,6 +66,17 @@ def environment_words(environ: Mapping[str, str]) -> dict[str, Word]:
         if source in words and target not in words:
             words[target] = replace(words[source], value=_translated(source, words[source]))
     return words
+
+
+def parse_env(value: object) -> object:
+    """The pairs of `option.env`: cut at commas, then at the first `=` (contract 1.8). Raises ValueError for one without a name."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    bad = [name for name, separator, _ in pairs if not separator or not name.strip()]
+    if bad:
+        raise ValueError(f"{bad[0].strip()!r} must look like NAME=value")
+    return {name.strip(): text.strip() for name, _, text in pairs}
 
 
 def _translated(source: str, word: Word) -> str:
@@ -92,17 +110,24 @@ def argument_words(arguments: Mapping[str, str]) -> dict[str, Word]:
 
 
 def file_words(path: Path) -> dict[str, Word]:
-    """Words of a Java properties file; the last of several wins. Raises ConfigError for a value that is empty or a bad escape."""
+    """Words of a Java properties file; the last of several wins, with a warning. Raises ConfigError for an empty value and a bad
+    escape."""
     found: dict[str, Word] = {}
     line = 1
     try:
         for item in javaproperties.parse(BytesIO(path.read_bytes())):
             if isinstance(item, javaproperties.KeyValue):
+                _warn_of_two(found.get(item.key), item.value)
                 found[item.key] = Word(item.value.strip(), f"{path.name}:{line}", item.key)
-            line += len(item.source.splitlines())
+            line += len(NEWLINE.findall(item.source))
     except (OSError, javaproperties.InvalidUEscapeError) as error:
         raise ConfigError(f"{path} cannot be read at line {line}: {error}") from None
     for word in found.values():
         if not word.value:
             raise ConfigError(f"{word} has no value; give one or remove the line")
     return found
+
+
+def _warn_of_two(first: Word | None, value: str) -> None:
+    if first and first.value != value.strip():
+        logger.warning("%s=%r is set again further down, which counts", first, first.value)

@@ -8,9 +8,10 @@ import httpx
 import pytest
 from lmi_dist_handler.group import Piece, WorkerLostError
 from lmi_dist_handler.host import NotReadyError
-from lmi_dist_handler.http import Api, Served
+from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.properties import ServerSettings
+from lmi_dist_handler.registry import Registry, Served
 from lmi_dist_handler.wire import PairList
 
 from lmi_dist import LmiError, OverloadedError
@@ -53,7 +54,7 @@ class FakeHost:
 
     def __init__(self, name: str = "test", state: str = "ready", reason: str = "") -> None:
         self.name, self.state, self.reason = name, state, reason
-        self.num_in_flight, self.num_restarts, self.worker_pid = 1, 2, 4711
+        self.num_in_flight, self.num_restarts, self.worker_pid, self.started_at = 1, 2, 4711, 0.0
         self.script: list[Piece | LmiError] | LmiError = [Piece('{"generated_text": "é"}', True, headers=JSON)]
         self.asked: tuple[Mapping[str, str], PairList] = ({}, PairList())
         self.stream = FakeStream([])
@@ -75,7 +76,7 @@ class FakeHost:
 
 def app(*hosts: FakeHost, **settings: Any) -> Any:
     served = [Served(host, "1", f"hub/{host.name}") for host in hosts]  # type: ignore[arg-type]  # fakes
-    return Api(served, ServerSettings(**settings), Metrics()).app()
+    return Api(Registry(served, lambda given: served[0]), ServerSettings(**settings), Metrics()).app()
 
 
 def call(host: FakeHost, method: str, path: str, settings: dict[str, Any] | None = None, **request: Any) -> httpx.Response:
@@ -227,7 +228,7 @@ def test_clients_cannot_choose_the_handler(headers: dict[str, str]) -> None:
         ("GET", "/models/other", 404, "Model or workflow not found: other"),
         ("GET", "/nowhere", 404, "GET /nowhere: there is no such route"),
         ("GET", "/invocations", 405, "GET /invocations: this route takes"),
-        ("DELETE", "/models/test", 405, "DELETE /models/test: this route takes"),
+        ("PATCH", "/models/test", 405, "PATCH /models/test: this route takes"),
     ],
 )
 def test_wrong_paths_are_told(method: str, path: str, code: int, message: str) -> None:
@@ -292,7 +293,9 @@ def test_models_are_listed_and_described() -> None:
     (openai,) = call(FakeHost(), "GET", "/v1/models").json()["data"]
 
     assert listed == {"models": [{"modelName": "test", "version": "1", "modelUrl": "hub/test", "status": "READY"}]}
-    assert described["models"][0]["workerGroups"][0]["workers"] == [{"id": 4711, "status": "READY"}]
+    assert described["models"][0]["workerGroups"][0]["workers"] == [
+        {"id": 4711, "startTime": "1970-01-01T00:00:00.000Z", "status": "READY"}
+    ]
     assert (openai["id"], openai["object"]) == ("test", "model")
     assert call(FakeHost(), "OPTIONS", "/invocations").json() == {}
     assert call(FakeHost(), "GET", "/").json()["models"] == {"test": "ready"}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_dist_handler.options import ENGINE, HANDLER, HOST, OPTIONS, SERVER_FIELDS
-from lmi_dist_handler.properties import HandlerConfig, ServerSettings
+from lmi_dist_handler.options import ENGINE, HANDLER, HOST, OPTIONS, PLAIN_ENGINE, SERVER_FIELDS
+from lmi_dist_handler.properties import HandlerConfig, ServerSettings, WorkerConfig
 from pydantic import BaseModel
 
 from lmi_dist import EngineConfig
@@ -15,7 +15,8 @@ EXAMPLE = (Path(__file__).parents[2] / "serving.properties.example").read_text(e
 DESCRIBED: list[tuple[str, type[BaseModel], str]] = [
     *((f"option.{name}", EngineConfig, field) for name, field in ENGINE.items()),
     *((f"option.{name}", HandlerConfig, name) for name in HANDLER if name != "rolling_batch"),
-    *((key, ServerSettings, field) for key, field in HOST.items() if key != "engine"),
+    *((key, EngineConfig, key) for key in PLAIN_ENGINE),
+    *((key, WorkerConfig, field) for key, field in HOST.items() if key != "engine"),
     *((f"SERVING_{name.upper()}", ServerSettings, name) for name in SERVER_FIELDS),
 ]
 
@@ -31,11 +32,16 @@ def told(value: Any) -> str:
 
 
 def test_every_engine_field_has_an_option() -> None:
-    assert sorted(ENGINE.values()) == sorted(EngineConfig.model_fields)
+    assert sorted((*ENGINE.values(), *PLAIN_ENGINE)) == sorted(EngineConfig.model_fields)
 
 
 def test_every_handler_field_has_an_option() -> None:
     assert {*HANDLER, "engine", "model_name"} == {*HandlerConfig.model_fields, "rolling_batch"}
+
+
+def test_every_server_and_worker_field_has_a_word() -> None:
+    assert {*SERVER_FIELDS, "origin"} == set(ServerSettings.model_fields)
+    assert {*HOST.values()} == {*WorkerConfig.model_fields, "engine"}
 
 
 def test_example_shows_exactly_the_table() -> None:

@@ -306,12 +306,12 @@ def test_engine_lets_as_many_wait_as_the_host() -> None:
 def test_server_settings_come_with_origins() -> None:
     environ = {"OPTION_MODEL_ID": "m", "SERVING_PORT": "9000", "OPTION_PREDICT_TIMEOUT": "5", "SERVING_API_KEY": "s"}
 
-    server = load(None, environ, {"host": "0.0.0.0"}).server
+    settings = load(None, environ, {"host": "0.0.0.0"})
 
-    assert (server.host, server.port, server.predict_timeout, server.api_key) == ("0.0.0.0", 9000, 5, "s")
-    assert server.origin == {
-        "host": "command line", "port": "SERVING_PORT", "api_key": "SERVING_API_KEY", "predict_timeout": "OPTION_PREDICT_TIMEOUT",
-    }  # fmt: skip
+    server = settings.server
+    assert (server.host, server.port, server.api_key) == ("0.0.0.0", 9000, "s")
+    assert server.origin == {"host": "command line", "port": "SERVING_PORT", "api_key": "SERVING_API_KEY"}
+    assert (one(settings).worker.predict_timeout, one(settings).origin["predict_timeout"]) == (5, "OPTION_PREDICT_TIMEOUT")
 
 
 @pytest.mark.parametrize("value", ["tcp://10.0.0.1:80", "70000", "-1"])
@@ -320,13 +320,14 @@ def test_bad_port_is_refused_by_name(value: str) -> None:
         load(None, {"OPTION_MODEL_ID": "m", "SERVING_PORT": value})
 
 
-def test_models_must_agree_on_a_timeout(tmp_path: Path) -> None:
+def test_each_model_has_its_own_options(tmp_path: Path) -> None:
     for name, seconds in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "serving.properties").write_text(f"option.model_id=m\noption.predict_timeout={seconds}\n")
 
-    with pytest.raises(ConfigError, match="models of one server must agree on predict_timeout, not ask for 1 and 2"):
-        load(None, {"SERVING_LOAD_MODELS": f"{tmp_path}/a,{tmp_path}/b"})
+    models = load(None, {"SERVING_MODEL_STORE": str(tmp_path), "SERVING_JOB_QUEUE_SIZE": "7"}).models
+
+    assert [(model.name, model.worker.predict_timeout, model.worker.job_queue_size) for model in models] == [("a", 1, 7), ("b", 2, 7)]
 
 
 # what the worker sees, and explain
