@@ -1,17 +1,18 @@
 # Two commands, each does its own set-up and is quick when repeated:
 #   make run     serve a model (OPTION_MODEL_ID, MODEL_DIR, HF_MODEL_ID or SERVING_LOAD_MODELS), or the demo when none is given
 #   make test    formatter, linter, types, tests
-# And: make soak (the long counts), make lint (part of test), make clean.
+# And: make test-page (the page at / in a real Chromium), make soak (the long counts), make lint (part of test), make clean.
 
 PYTHON ?= python3
 STAMPS := .venv/stamps
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt
+# --no-compile: what is used is compiled when first imported; all of torch and transformers would take minutes
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint .ci/constraints.txt
 KERNELS := $(shell find kernels -type f)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: run test soak lint clean
+.PHONY: run test test-page soak lint clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -24,6 +25,9 @@ run: $(STAMPS)/kernels
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-page: $(STAMPS)/dev $(STAMPS)/kernels
+	$(BIN)/python -m pytest -m page $(PYTEST)
 
 soak: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/python -m pytest -m soak $(PYTEST)
