@@ -49,6 +49,11 @@ class MemoryPlan:
         return self.weights_bytes + self.working_bytes + self.pool_bytes
 
     @property
+    def left_bytes(self) -> int:
+        """What the model leaves to others, without what it was told to reserve."""
+        return self.available_bytes - self.planned_bytes
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that fit into the pool, of all sequences together."""
         return self.num_blocks * BLOCK_SIZE

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_PROMPT_ROWS = 256  # prompt tokens of a step whose logits are wanted: a row has the size of the vocabulary
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmi_dist.blocks import BlockPool, PrefixChain
-from lmi_dist.plan import Chunk, Plan
+from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Plan
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -65,6 +65,7 @@ class _Step:
     decoding: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     prefilling: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     budget: int = 0  # prompt tokens that may still join
+    prompt_rows: int = 0  # of their logits that may still be wanted
     grown: list[tuple[Sequence, int]] = field(default_factory=list)  # with the number of blocks they had before
     admitted: list[Sequence] = field(default_factory=list)
     num_query_tokens: int = 0
@@ -95,6 +96,8 @@ class Scheduler:
     running ones need more blocks than there are, the youngest is preempted: it loses its place but no token, waits in front of all
     that came later and has its keys computed again, as prompt tokens, or found in the prefix cache. So the oldest running sequence
     gains at least one token in each step, and everything that was added ends.
+
+    Where prompt logits are wanted, a step has at most `max_prompt_rows`: prompts are cut there even without chunked prefill.
     """
 
     def __init__(
@@ -107,12 +110,14 @@ class Scheduler:
         prefill_chunk_tokens: int,
         prefix_caching: bool,
         chunked_prefill: bool = True,
+        max_prompt_rows: int = MAX_PROMPT_ROWS,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
         self.prefill_chunk_tokens = min(prefill_chunk_tokens, max_prefill_tokens)
         self.prefix_caching = prefix_caching
         self.chunked_prefill = chunked_prefill
+        self.max_prompt_rows = max_prompt_rows
         self.num_steps = 0  # committed
         self.preemptions = 0
         self.prefix_query_tokens = 0  # of admitted sequences that may use the prefix cache, and
@@ -190,7 +195,7 @@ class Scheduler:
         """What runs next; empty, and then not in flight, only without work. Raises AssertionError if a plan is in flight."""
         if self._step is not None:
             raise AssertionError(f"step {self.num_steps} is in flight; commit or drop its plan before the next")
-        step = _Step()
+        step = _Step(prompt_rows=self.max_prompt_rows)
         unfinished_prefills = self._schedule_running(step)
         step.budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
         self._schedule_prefills(step, unfinished_prefills)
@@ -288,7 +293,7 @@ class Scheduler:
 
     def _schedule_prefills(self, step: _Step, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            num_tokens = self._share_of_budget(sequence.prefill_end - sequence.num_scheduled, step)
+            num_tokens = self._share_of_budget(sequence, sequence.num_scheduled, sequence.prefill_end, step)
             if num_tokens == 0:
                 break
             self._schedule_chunk(sequence, num_tokens, step)
@@ -303,7 +308,7 @@ class Scheduler:
                 continue
             hits = self._pool.find(sequence.chain, sequence.token_ids, self._num_findable(sequence))
             num_hit_tokens = len(hits) * self._pool.block_size
-            num_tokens = self._share_of_budget(len(sequence.token_ids) - num_hit_tokens, step)
+            num_tokens = self._share_of_budget(sequence, num_hit_tokens, len(sequence.token_ids), step)
             if num_tokens == 0 or not self._place(sequence, hits):
                 break
             del self._waiting[index]
@@ -343,11 +348,16 @@ class Scheduler:
         insort(self._running, sequence, key=_arrival)
         return True
 
-    def _share_of_budget(self, num_pending: int, step: _Step) -> int:
+    def _share_of_budget(self, sequence: Sequence, start: int, end: int, step: _Step) -> int:
         """Tokens of a prompt to run now. One that must not be cut runs if it fits the budget or is the first of its step."""
+        num_tokens = end - start
         if self.chunked_prefill:
-            return min(num_pending, step.budget)
-        return num_pending if num_pending <= step.budget or not step.prefilling else 0
+            num_tokens = min(num_tokens, step.budget)
+        elif num_tokens > step.budget and step.prefilling:
+            return 0
+        if _wants_rows(sequence):
+            num_tokens = min(num_tokens, max(0, sequence.num_prompt_rows - start) + step.prompt_rows)
+        return num_tokens
 
     def _schedule_chunk(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         start = sequence.num_scheduled
@@ -357,6 +367,7 @@ class Scheduler:
         chunk = Chunk(sequence.id, token_ids, start, sequence.table, sequence.prompt_length, num_outputs, sequence.adapter)
         sequence.num_scheduled = end
         step.budget -= num_tokens
+        step.prompt_rows -= num_outputs if _wants_rows(sequence) else 0
         step.prefilling.append((sequence, chunk))
 
     # ---- recording ----
@@ -406,6 +417,9 @@ class Scheduler:
 
 def _first_row(sequence: Sequence) -> int:
     """The first position whose logits are still wanted: the prompt's next one, or only that of the last known token."""
-    if sequence.wants_prompt_logits and sequence.num_prompt_rows < sequence.prompt_length:
-        return sequence.num_prompt_rows
-    return len(sequence.token_ids) - 1
+    return sequence.num_prompt_rows if _wants_rows(sequence) else len(sequence.token_ids) - 1
+
+
+def _wants_rows(sequence: Sequence) -> bool:
+    """Whether logits of its prompt are still to be delivered."""
+    return sequence.wants_prompt_logits and sequence.num_prompt_rows < sequence.prompt_length

@@ -12,6 +12,7 @@ from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import ConfigError, MemoryPlanError
 from lmi_dist.kv_cache import Dtype, KVCache, MemoryPlan, available_memory, plan_memory, read_cpu_flags, resolve_dtype
 from lmi_dist.models import read_config
+from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
 
 BF16_CPU = frozenset({"avx512f", "avx512_bf16"})
@@ -54,6 +55,16 @@ def test_pool_holds_one_sequence_at_least(folder: Path) -> None:
     assert plan(folder, all_of_it, max_batch_size=1).num_tokens == 256
     with pytest.raises(MemoryPlanError, match="does not fit the memory; lower max_model_len"):
         plan(folder, all_of_it - 1, max_batch_size=1)
+
+
+def test_logits_of_prompts_are_counted(folder: Path) -> None:
+    vocab_size = read_config(folder).vocab_size
+
+    few, many = plan(folder, 1000 * MEGA, max_prefill_tokens=1), plan(folder, 1000 * MEGA, max_prefill_tokens=512)
+    more = plan(folder, 1000 * MEGA, max_prefill_tokens=1024)
+
+    per_token = (more.working_bytes - many.working_bytes) // 512  # both at the bound of the logits
+    assert many.working_bytes - few.working_bytes == 511 * per_token + (MAX_PROMPT_ROWS - 1) * vocab_size * 4
 
 
 def test_pool_of_given_size_is_taken_as_given(folder: Path) -> None:

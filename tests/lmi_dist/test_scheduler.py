@@ -514,6 +514,25 @@ def test_prompt_logits_ask_each_row() -> None:
     assert step(w).decodes[0].num_outputs == 1
 
 
+@pytest.mark.parametrize("chunked_prefill", [True, False])
+def test_prompt_logits_of_a_step_are_bounded(chunked_prefill: bool) -> None:
+    w = watched(max_prompt_rows=4, chunked_prefill=chunked_prefill)
+    add(w, 1, list(range(10)), wants_prompt_logits=True)
+
+    plans = [step(w) for _ in range(3)]
+
+    assert [[chunk.num_outputs for chunk in plan.chunks] for plan in plans] == [[4], [4], [2]]
+
+
+def test_prompt_logits_of_several_share_the_bound() -> None:
+    w = watched(max_prompt_rows=6)
+    for id in (1, 2):
+        add(w, id, [id] * 5, wants_prompt_logits=True)
+    add(w, 3, [3] * 9)
+
+    assert cuts(step(w).chunks) == [(1, 0, 5), (2, 0, 1), (3, 0, 9)]
+
+
 def test_prompt_logits_use_no_cache() -> None:
     w = watched()
     add(w, 1, list(range(10)))
@@ -774,6 +793,7 @@ class AnyOrder(RuleBasedStateMachine):
         prefill_chunk_tokens=st.integers(1, 12),
         prefix_caching=st.sampled_from([True, True, True, False]),
         chunked_prefill=st.sampled_from([True, True, True, False]),
+        max_prompt_rows=st.sampled_from([1, 5, 256]),
     )
     def start(self, **choices: Any) -> None:
         self.w = WatchedScheduler(**choices)

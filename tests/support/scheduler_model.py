@@ -186,6 +186,8 @@ class WatchedScheduler:
         sizes = [len(chunk.token_ids) for chunk in plan.chunks]
         assert 0 not in sizes
         assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
+        asked = [c.num_outputs for s, c in self._rows if s.wants_prompt_logits and s.num_prompt_rows < s.prompt_length]
+        assert sum(asked) <= self.scheduler.max_prompt_rows
         written = [self.memory.slot(c, c.start + i)[0] for c in plan.rows for i in range(len(c.token_ids))]
         assert all(self.scheduler.pool.references(b) == 1 and not self.scheduler.pool.is_findable(b) for b in written)
         for sequence, chunk in self._rows:
@@ -213,7 +215,7 @@ class WatchedScheduler:
         assert (chunk.prompt_length, chunk.adapter) == (sequence.prompt_length, sequence.adapter)
         assert end <= len(chunk.table) * self.memory.block_size
         assert wants_token(chunk) == is_whole
-        assert is_whole or self.settings["chunked_prefill"]
+        assert is_whole or self.settings["chunked_prefill"] or sequence.wants_prompt_logits
         if not sequence.wants_prompt_logits:
             assert chunk.num_outputs == int(is_whole)
 
