@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lmi_dist import LmiError
-from lmi_dist_handler import properties
+from lmi_dist_handler import logs, properties
 
 ELSEWHERE = {
     "bench": "measure the engine or a running server and print a table",
@@ -31,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until a signal. The exit status is 0 after one, 2 when a model could not be loaded or the port not be had."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    settings = _settings(arguments)
+    with logs.early() as early:
+        settings = _settings(arguments)
+        early.use(settings.server.log_format)
     from lmi_dist_handler.server import serve as serve_until_end  # after the settings: an error in them is told at once
 
     failure = serve_until_end(settings)
@@ -44,8 +44,10 @@ def explain(arguments: argparse.Namespace) -> int:
     from lmi_dist import explain as explain_engine
 
     settings = _settings(arguments)
+    rest: int | None = None  # of the memory, for the next model: a server loads them one after the other
     for model in settings.models:
-        explanation = explain_engine(model.engine_config())
+        explanation = explain_engine(model.engine_config(), available_bytes=rest)
+        rest = explanation.memory.left_bytes
         print(f"model {model.name}")
         _print_table(model.table())
         print("\n".join(explanation.lines))

@@ -106,8 +106,11 @@ class _Exchange:
     def _log(self, seconds: float) -> None:
         path, (client, _) = self._scope["path"], self._scope.get("client") or ("-", 0)
         level = logging.DEBUG if path in QUIET else logging.INFO
-        line = '%s "%s %s" %d %d bytes %.3f s %s'
-        logger.log(level, line, client, self._scope["method"], path, self._code, self._num_bytes, seconds, self._id)
+        fields = {
+            "client": client, "method": self._scope["method"], "path": path, "code": self._code, "num_bytes": self._num_bytes,
+            "seconds": round(seconds, 3), "request_id": self._id,
+        }  # fmt: skip
+        logger.log(level, '%s "%s %s" %d %d bytes %.3f s %s', *fields.values(), extra={"fields": fields})
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
