@@ -1,0 +1,154 @@
+"""Each word of the table of options, one by one: it has its effect, or is refused, replaced or left aside as the table says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lmi_dist_handler import load_models, properties, settle
+from lmi_dist_handler.options import HANDLER, HOST, OPTIONS, SERVER_FIELDS, SERVER_IGNORED, SERVER_UNBUILT, Option
+
+from lmi_dist import ConfigError
+
+# Key to what an operator writes and what the setting then is; never the default.
+ENGINE_WORDS: dict[str, tuple[str, Any]] = {
+    "option.model_id": ("some/model", "some/model"),
+    "option.revision": ("v1", "v1"),
+    "option.tokenizer": ("some/tokenizer", "some/tokenizer"),
+    "option.trust_remote_code": ("TRUE", True),
+    "option.dtype": ("FP16", "fp16"),
+    "option.tensor_parallel_degree": ("max", 1),
+    "option.device": ("cpu", "cpu"),
+    "option.kernels": ("torch", "torch"),
+    "option.cpu_threads": ("3", 3),
+    "option.max_model_len": ("77", 77),
+    "option.max_rolling_batch_size": ("32", 32),
+    "option.max_rolling_batch_prefill_tokens": ("1088", 1088),
+    "option.prefill_chunk_tokens": ("64", 64),
+    "option.enable_chunked_prefill": ("false", False),
+    "option.enable_prefix_caching": ("False", False),
+    "option.kv_cache_memory_bytes": ("1048576", 1 << 20),
+    "option.gpu_memory_utilization": ("0.8", 0.8),
+    "option.max_logprobs": ("5", 5),
+    "option.max_queue_size": ("9", 9),
+    "reserved_memory_mb": ("500", 500),
+}
+REFUSED = ("option.quantize",)  # has a setting, every value of which is refused until it is built
+HANDLER_WORDS = {"option.rolling_batch": "auto", "option.output_formatter": "sse", "option.tgi_compat": "true"}
+HOST_WORDS = {
+    "engine": "Python", "job_queue_size": "7", "option.predict_timeout": "5", "option.model_loading_timeout": "6",
+    "option.env": "A=b",
+}  # fmt: skip
+DEPRECATED = {
+    "option.s3url": ("s3://bucket/model", "model_id", "s3://bucket/model"), "option.data_type": ("bf16", "dtype", "bf16"),
+    "option.load_in_8bit": ("false", "quantize", None), "option.load_in_4bit": ("false", "quantize", None),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU and no model where SageMaker puts one."""
+    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "no-gpus")
+    monkeypatch.setattr(load_models, "DEFAULT_STORE", tmp_path / "no-store")
+
+
+def loaded(tmp_path: Path, *lines: str, **environ: str) -> properties.ModelSettings:
+    """The model of a file with these lines."""
+    needed = [] if any(line.startswith(("option.model_id", "option.s3url")) for line in lines) else ["option.model_id=some/model"]
+    (tmp_path / "serving.properties").write_text("\n".join([*needed, *lines]))
+    (model,) = properties.load(tmp_path, environ).models
+    return model
+
+
+def of_reader(*readers: str) -> list[Option]:
+    return [option for option in OPTIONS.values() if option.reader in readers]
+
+
+def test_every_word_with_an_effect_has_an_example() -> None:
+    told = {*ENGINE_WORDS, *REFUSED, *HANDLER_WORDS, *HOST_WORDS, *DEPRECATED}
+
+    assert told == {option.key for option in of_reader("engine", "handler", "host", "replaced")}
+    assert (len(HANDLER_WORDS), set(HOST_WORDS)) == (len(HANDLER), set(HOST))
+
+
+@pytest.mark.parametrize("key", ENGINE_WORDS)
+def test_word_reaches_the_engine(tmp_path: Path, key: str) -> None:
+    text, value = ENGINE_WORDS[key]
+
+    model = loaded(tmp_path, f"{key}={text}")
+
+    assert getattr(model.engine_config(), OPTIONS[key].field) == value
+    assert model.origin[OPTIONS[key].name].startswith("serving.properties:")
+
+
+@pytest.mark.parametrize("key", HANDLER_WORDS)
+def test_word_reaches_the_handler(tmp_path: Path, key: str) -> None:
+    model = loaded(tmp_path, f"{key}={HANDLER_WORDS[key]}")
+
+    assert (key, HANDLER_WORDS[key]) in [(row[0], row[1]) for row in model.table()]
+
+
+@pytest.mark.parametrize("key", HOST_WORDS)
+def test_word_reaches_the_host(tmp_path: Path, key: str) -> None:
+    model = loaded(tmp_path, f"{key}={HOST_WORDS[key]}", SERVING_ALLOW_ENV="true")
+
+    told = {name: (value, origin) for name, value, origin in model.table()}
+    assert told[key] == ("***" if key == "option.env" else HOST_WORDS[key], "serving.properties:2")
+
+
+@pytest.mark.parametrize("key", DEPRECATED)
+def test_deprecated_word_works_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str) -> None:
+    text, name, value = DEPRECATED[key]
+
+    model = loaded(tmp_path, f"{key}={text}")
+
+    assert model.values.get(name) == value
+    assert caplog.messages[0].startswith(f"serving.properties:{2 - (key == 'option.s3url')}: {key} is deprecated; use ")
+
+
+@pytest.mark.parametrize("option", of_reader("ignored"), ids=lambda option: option.key)
+def test_ignored_word_changes_nothing_and_says_so(tmp_path: Path, option: Option) -> None:
+    plain, given = loaded(tmp_path), loaded(tmp_path, f"{option.key}=1")
+
+    assert given.handler == plain.handler
+    assert given.worker == plain.worker
+    assert [row[0] for row in given.table() if "no effect: " in row[2]] == [option.key]
+
+
+@pytest.mark.parametrize("key", ["option.quantize", *(option.key for option in of_reader("unbuilt", "host_unbuilt"))])
+def test_unbuilt_word_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="known but not built yet") as caught:
+        loaded(tmp_path, f"{key}=gptq")
+
+    assert f"{OPTIONS[key].name}=" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SERVER_UNBUILT)
+def test_unbuilt_word_of_the_server_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="known but not built yet"):
+        properties.load(None, {"OPTION_MODEL_ID": "some/model", f"SERVING_{name.upper()}": "gptq"})
+
+
+@pytest.mark.parametrize("name", sorted(SERVER_IGNORED))
+def test_ignored_word_of_the_server_is_taken(name: str) -> None:
+    settings = properties.load(None, {"OPTION_MODEL_ID": "some/model", f"SERVING_{name.upper()}": "1"})
+
+    assert settings.server == properties.load(None, {"OPTION_MODEL_ID": "some/model"}).server
+
+
+SERVER_WORDS = {
+    "host": "0.0.0.0", "port": "9000", "max_request_size": "1", "job_queue_size": "2", "chunked_read_timeout": "3", "api_key": "s",
+    "read_timeout": "4", "write_timeout": "5", "drain_timeout": "6", "log_format": "json", "model_store": None,
+    "allow_any_model_url": "true", "install_requirements": "true", "allow_env": "true", "offline": "true",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVER_FIELDS)
+def test_word_of_the_server_is_taken(tmp_path: Path, name: str) -> None:
+    text = SERVER_WORDS[name] or str(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+
+    server = properties.load(None, {"OPTION_MODEL_ID": "some/model", f"SERVING_{name.upper()}": text}).server
+
+    assert str(getattr(server, name)).lower() == text.lower()
+    assert server.origin[name] == f"SERVING_{name.upper()}"
