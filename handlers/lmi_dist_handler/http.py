@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lmi_dist import LmiError
-from lmi_dist_handler import page
+from lmi_dist_handler import openapi, page
 from lmi_dist_handler.formatter import TGI_ROUTES, dialect_of_route
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
 from lmi_dist_handler.group import Piece, Stream, WorkerLostError
@@ -100,8 +100,14 @@ class Api:
         self._started = int(time.time())
 
     def app(self) -> Front:
+        handlers = {LmiError: self._on_error, HTTPException: self._on_http_exception, Exception: self._on_bug}
+        app = Starlette(routes=self.routes(), exception_handlers=handlers)
+        return Front(Runtime(app), self._metrics, self._server.api_key)
+
+    def routes(self) -> list[Route]:
+        """All of them; openapi.py says what they take."""
         post, get = ["POST"], ["GET"]
-        routes = [
+        return [
             Route("/", self.root, methods=get),
             Route("/status.json", self.status, methods=get),
             Route("/ping", self.ping, methods=["GET", "POST", "PUT", "DELETE", "OPTIONS"]),
@@ -111,14 +117,12 @@ class Api:
             Route("/models/{model}/invoke", self.invoke, methods=post),
             *Management(self._models, self._server.drain_timeout).routes(),
             Route("/metrics", self.show_metrics, methods=get),
+            Route("/openapi.json", self.openapi, methods=get),
             *(Route(path, self.invoke, methods=post) for path in TGI_ROUTES),
             Route("/v1/models", self.openai_models, methods=get),
             Route("/v1/completions", self.openai, methods=post),
             Route("/v1/chat/completions", self.openai, methods=post),
         ]
-        handlers = {LmiError: self._on_error, HTTPException: self._on_http_exception, Exception: self._on_bug}
-        app = Starlette(routes=routes, exception_handlers=handlers)
-        return Front(Runtime(app), self._metrics, self._server.api_key)
 
     async def root(self, request: Request) -> Response:
         """The page for a browser; else a few words of JSON."""
@@ -134,7 +138,7 @@ class Api:
         served = self._models.all()
         stats = await asyncio.gather(*(model.host.stats() for model in served))
         models = [
-            page.model_status(model.host, model.version, model.model_id, model.options, values)
+            page.model_status(model.name, model.host, model.model_id, model.options, values)
             for model, values in zip(served, stats, strict=True)
         ]
         uptime_s = round(time.time() - self._started)
@@ -158,6 +162,10 @@ class Api:
         stats = await asyncio.gather(*(host.stats() for host in hosts))
         known = {host.name: values for host, values in zip(hosts, stats, strict=True) if values}
         return PlainTextResponse(self._metrics.text(hosts, known), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, request: Request) -> Response:
+        """What the routes are and take, for tools."""
+        return json_response(openapi.document())
 
     async def openai_models(self, request: Request) -> Response:
         names = dict.fromkeys(model.name for model in self._models.all())
@@ -263,7 +271,7 @@ def _model_name(body: bytes) -> str | None:
     """`model` of a body; None when it has none or is no JSON object, which is the worker's to say."""
     try:
         values = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     name = values.get("model") if isinstance(values, dict) else None
     return name if isinstance(name, str) else None

@@ -29,14 +29,15 @@ def page() -> Response:
     return Response(HTML, media_type="text/html", headers=HEADERS)
 
 
-def model_status(host: Host, version: str, model_id: str, options: Sequence[Row], stats: Mapping[str, Any]) -> dict[str, object]:
-    """How one model stands. `figures` is empty while there is no worker that answers."""
+def model_status(name: str, host: Host, model_id: str, options: Sequence[Row], stats: Mapping[str, Any]) -> dict[str, object]:
+    """How one model stands; `label` also has its version. `figures` is empty while there is no worker that answers."""
+    health, reason = host.health
     return {
-        "name": host.name,
-        "version": version,
+        "name": name,
+        "label": host.name,
         "model_id": model_id,
-        "state": host.state,
-        "reason": host.reason,
+        "health": health,
+        "reason": reason,
         "requests_in_flight": host.num_in_flight,
         "worker_restarts": host.num_restarts,
         "figures": _figures(stats) if stats else {},
@@ -71,7 +72,7 @@ def _allowed(tag: str) -> str:
 
 HEADERS = {
     "content-security-policy": f"default-src 'none'; script-src {_allowed('script')}; style-src {_allowed('style')}; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
     "vary": "accept",
