@@ -34,7 +34,7 @@ class Recipe:
     num_kv_heads: int = 2
     context: int = 256  # tokens a window, and positions of the model
     num_windows: int = 4  # windows a step
-    num_steps: int = 560
+    num_steps: int = 480
     matrix_rate: float = 0.02
     vector_rate: float = 0.003
     seed: int = 0
