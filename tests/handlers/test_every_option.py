@@ -152,3 +152,9 @@ def test_word_of_the_server_is_taken(tmp_path: Path, name: str) -> None:
 
     assert str(getattr(server, name)).lower() == text.lower()
     assert server.origin[name] == f"SERVING_{name.upper()}"
+
+
+def test_table_hides_the_password_of_a_url(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "option.model_id=s3://name:password@bucket/model")
+
+    assert ("option.model_id", "s3://***@bucket/model", "serving.properties:1") in model.table()
