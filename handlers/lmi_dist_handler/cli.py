@@ -47,7 +47,7 @@ def explain(arguments: argparse.Namespace) -> int:
     rest: int | None = None  # of the memory, for the next model: a server loads them one after the other
     for model in settings.models:
         explanation = explain_engine(model.engine_config(), available_bytes=rest)
-        rest = explanation.memory.left_bytes
+        rest = explanation.memory.left_bytes + (explanation.config.reserved_memory_mb << 20)
         print(f"model {model.name}")
         _print_table(model.table())
         print("\n".join(explanation.lines))

@@ -12,7 +12,7 @@ from lmi_dist import ConfigError, LmiError
 from lmi_dist_handler.formatter import JAVA_TYPES
 from lmi_dist_handler.front import HttpError, json_response
 from lmi_dist_handler.registry import Registry, Served
-from lmi_dist_handler.settle import nearest, unknown
+from lmi_dist_handler.settle import unknown_parameter
 from lmi_dist_handler.words import Word
 
 MODEL_STATUS = {"loading": "PENDING", "ready": "READY", "failed": "FAILED", "stopped": "PENDING"}
@@ -124,7 +124,7 @@ def _parameters(request: Request, known: tuple[str, ...]) -> dict[str, str]:
     given = dict(request.query_params)
     for name, value in given.items():
         if name not in known:
-            raise HttpError(400, unknown(Word(value, name, name), nearest(name, known)))
+            raise unknown_parameter(Word(value, request.method, name), known)
     return given
 
 

@@ -38,8 +38,10 @@ async def install(requirements: Path, *, offline: bool, timeout_s: float) -> Non
         logger.warning("%s: pip was not done within model_loading_timeout=%g s; going on without", requirements, timeout_s)
         return
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        if process.returncode is None:  # it took too long, or the server ends
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
     if process.returncode:
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
         logger.warning("%s: pip failed: %s; going on without", requirements, last)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmi_dist import ConfigError
 from lmi_dist_handler.load_models import ANY_DEVICE, DEFAULT_STORE, Entry, canonical_engine, check_name, check_url
-from lmi_dist_handler.settle import nearest, not_built, unknown
+from lmi_dist_handler.settle import not_built, unknown_parameter
 from lmi_dist_handler.words import Word
 
 ORIGIN = "POST /models"
@@ -27,7 +27,7 @@ def registration(parameters: Mapping[str, str], store: Path | None, *, any_url: 
     given = {name: Word(value.strip(), ORIGIN, name) for name, value in parameters.items()}
     for name, word in given.items():
         if name not in PARAMETERS:
-            raise ConfigError(unknown(word, nearest(name, PARAMETERS)))
+            raise unknown_parameter(word, PARAMETERS)
     if "url" not in given or not given["url"].value:
         raise ConfigError("Parameter url is required.")
     texts = {name: word.value for name, word in given.items()}
@@ -44,14 +44,23 @@ def registration(parameters: Mapping[str, str], store: Path | None, *, any_url: 
 def confined(url: str, store: Path | None, *, any_url: bool) -> str:
     """The real path of a folder in the store; with `any_url` also any other folder and s3:// urls. ConfigError with the way out."""
     url = check_url(url, ORIGIN)
-    is_folder = "://" not in url
-    path = (store / url if store else Path(url)).resolve() if is_folder else None
+    path = None if "://" in url else _resolved(url, store)
     if path and store and path.is_relative_to(store.resolve()):
         return _existing(path, url)
     if not any_url:
         where = f"outside the model store {store}; put the model there" if store else "in no model store; set SERVING_MODEL_STORE"
         raise ConfigError(f"{ORIGIN}: url={url!r} lies {where}, or allow any url with SERVING_ALLOW_ANY_MODEL_URL=true")
     return _existing(path, url) if path else url
+
+
+def _resolved(url: str, store: Path | None) -> Path:
+    try:
+        path = (store / url if store else Path(url)).resolve()
+        path.is_dir()  # may not like it either
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{ORIGIN}: url={url!r} is no path: {why}") from None
+    return path
 
 
 def _existing(path: Path, url: str) -> str:

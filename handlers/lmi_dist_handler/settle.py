@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +23,11 @@ def settle(words: Mapping[str, Word], *, inside_djl: bool) -> dict[str, Word]:
         if option is None:
             _refuse_unknown(key, word, inside_djl)
         elif option.reader == "replaced":
-            settled |= _replaced(option, word, words)
+            settled |= _replaced(option, word, {**words, **settled})
         else:
             _check_built(option, word, inside_djl)
+            if option.reader == "ignored" and not inside_djl:  # DJL's own host has dealt with it, and sets some by itself
+                logger.warning("%s=%r has no effect: %s", word, word.value, option.about)
             settled[key] = word
     return settled
 
@@ -39,9 +41,14 @@ def _refuse_unknown(key: str, word: Word, inside_djl: bool) -> None:
     logger.warning("ignored: %s", unknown(word, near))
 
 
-def unknown(word: Word, near: str) -> str:
+def unknown(word: Word, near: str, otherwise: str = "serving.properties.example lists all there are") -> str:
     """The sentence that refuses an unknown word; `near` is what may have been meant."""
-    return f"{word} is unknown; {f'did you mean {near}?' if near else 'serving.properties.example lists all there are'}"
+    return f"{word} is unknown; {f'did you mean {near}?' if near else otherwise}"
+
+
+def unknown_parameter(word: Word, known: Sequence[str]) -> ConfigError:
+    """The same for a parameter of a route that takes `known`."""
+    return ConfigError(unknown(word, nearest(word.written, known), f"there are {', '.join(known)}"))
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
