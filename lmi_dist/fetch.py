@@ -6,6 +6,7 @@ First stage of loading; what it returns is always a local folder, which weights.
 import logging
 import re
 import sys
+import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,23 +22,26 @@ logger = logging.getLogger(__name__)
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SAFETENSORS_PATTERNS = ("*.safetensors",)
 PICKLE_PATTERNS = ("*.bin", "*.pt")
+LINE_INTERVAL_S = 2.0
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CACHE = Path.home() / ".cache" / "lmi-dist" / "s3"
 
 
 class Progress:
-    """Shows how many of `total` bytes are done: a bar on a terminal, elsewhere a log line every tenth."""
+    """Shows how many of `total` bytes are done: a bar on a terminal, elsewhere log lines, of which what is done within
+    LINE_INTERVAL_S has none."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done = label, max(total, 1), 0
+        self.next_line = time.monotonic() + LINE_INTERVAL_S
         self.bar = tqdm(total=total, desc=label, unit="B", unit_scale=True) if sys.stderr.isatty() else None
 
     def advance(self, num_bytes: int) -> None:
-        tenth = 10 * self.done // self.total
         self.done += num_bytes
         if self.bar is not None:
             self.bar.update(num_bytes)
-        elif 10 * self.done // self.total > tenth:
+        elif time.monotonic() >= self.next_line:
+            self.next_line += LINE_INTERVAL_S
             logger.info("%s: %d %% of %.2f GB", self.label, 100 * self.done // self.total, self.total / 1e9)
 
     def __enter__(self) -> "Progress":

@@ -30,7 +30,7 @@ class Runner:
         kind = quant.format_of(model, config.quantize)
         inventory = Inventory(checkpoint, memory.torch_dtype, self.ranks, kind)
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
-        self.model = _load(model, checkpoint, memory, self.ranks, kind)
+        self.model = _load(model, checkpoint, memory, self.ranks, kind, inventory.num_bytes)
         self.cache = KVCache(memory, model.num_layers, model.num_kv_heads // self.ranks.size, model.head_dim)
 
     @torch.inference_mode()
@@ -43,9 +43,9 @@ class Runner:
         return self.model.cache_regime(prompt_length)
 
 
-def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, ranks: Ranks, kind: str) -> Model:
+def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, ranks: Ranks, kind: str, num_bytes: int) -> Model:
     started = time.monotonic()
-    with Progress(f"loading {model.folder.name}", checkpoint.size_bytes) as progress, torch.inference_mode():
+    with Progress(f"loading {model.folder.name}", num_bytes) as progress, torch.inference_mode():
         weights = Weights(checkpoint, memory.torch_dtype, ranks, kind, advance=progress.advance)
         built = model_class(model.architecture)(model, weights, memory.max_model_len)
     seconds = time.monotonic() - started

@@ -155,6 +155,7 @@ class Inventory(Weights):
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, ranks: Ranks, kind: str = "unquantized") -> None:
         super().__init__(checkpoint, dtype, ranks, kind)
+        self.num_bytes = 0  # that building the model reads; a tied embedding is read twice
         self._asked: set[str] = set()
         self._missing: list[str] = []
         self._wrong: list[str] = []
@@ -168,6 +169,8 @@ class Inventory(Weights):
             self._missing.append(name)
         elif info.shape != shape:
             self._wrong.append(_wrong(name, info, shape))
+        else:
+            self.num_bytes += info.size_bytes * len(range(shape[0])[rows]) // shape[0]
         return iter(())
 
     def verify(self, ignored: Collection[str] = ()) -> None:

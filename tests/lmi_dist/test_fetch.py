@@ -172,15 +172,26 @@ def test_s3_without_boto3_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
 # ---- progress ----
 
 
-def test_progress_logs_every_tenth_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_logs_now_and_then_off_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO)
+    clock = iter(range(1000))  # one second a look
+    monkeypatch.setattr("lmi_dist.fetch.time.monotonic", lambda: float(next(clock)))
+
+    with Progress("loading", 1000) as progress:
+        for _ in range(10):
+            progress.advance(100)
+
+    assert [line.partition(" of ")[0] for line in caplog.messages] == [f"loading: {share} %" for share in (20, 40, 60, 80, 100)]
+
+
+def test_short_work_logs_no_progress(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     with Progress("loading", 1000) as progress:
         for _ in range(100):
             progress.advance(10)
 
-    assert len(caplog.messages) == 10
-    assert caplog.messages[-1].startswith("loading: 100 %")
+    assert caplog.messages == []
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

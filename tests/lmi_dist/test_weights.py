@@ -172,15 +172,18 @@ def test_pieces_join_to_the_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.cat([piece for _, piece in pieces]), whole[5:30, 2:6].to(dtype))
 
 
-def test_progress_comes_to_the_whole(tmp_path: Path) -> None:
+def test_inventory_knows_what_will_be_read(tmp_path: Path) -> None:
     write_one(tmp_path)
     done: list[int] = []
     made = Weights(Checkpoint(tmp_path), torch.float32, Ranks(), advance=done.append)
+    inventory = Inventory(made.checkpoint, torch.float32, Ranks())
 
-    for name, x in TENSORS.items():
-        made.tensor(name, tuple(x.shape))
+    for weights_of in (inventory, made):
+        for name, x in TENSORS.items():
+            weights_of.tensor(name, tuple(x.shape))
+        weights_of.tensor("a.weight", tuple(TENSORS["a.weight"].shape))  # tied: read twice
 
-    assert sum(done) == made.checkpoint.size_bytes
+    assert sum(done) == inventory.num_bytes > made.checkpoint.size_bytes
 
 
 @pytest.mark.parametrize(("name", "shape"), [("a.weight", (3, 4)), ("nobody", (1,))])
