@@ -8,6 +8,7 @@ import asyncio
 import importlib
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmi_dist import LmiError
@@ -55,12 +56,15 @@ async def _load(inputs: Input, reply: type[Output]) -> Output | None:
     global _streams
     # the host's process imports this package too, and must not load the engine
     from lmi_dist import Engine
-    from lmi_dist_handler import properties, streaming
+    from lmi_dist_handler import model_py, properties, streaming
 
     try:
         config = await asyncio.to_thread(properties.from_init, inputs.get_properties())
+        is_djl = reply is not Output
+        folder = Path(inputs.get_property("model_dir") or ".")
+        own = model_py.given(inputs.get_properties()) if is_djl else model_py.load(folder, config.allow_model_py)
         thread = streaming.EngineThread(lambda: Engine(config.engine))
-        _streams = streaming.Streams(thread, await thread.start(), config)
+        _streams = streaming.Streams(thread, await thread.start(), config, own)
     except Exception as error:  # the host shows the sentence; of what we did not raise on purpose the traceback stays here
         logger.error("the model could not be loaded: %s", error, exc_info=not isinstance(error, LmiError))
         return _load_failure(error, reply)

@@ -53,7 +53,7 @@ ENGINE = {
 
 PLAIN_ENGINE = ("reserved_memory_mb",)  # the same, without `option.`, as DJL calls them
 
-HANDLER = ("rolling_batch", "output_formatter", "tgi_compat")
+HANDLER = ("rolling_batch", "output_formatter", "tgi_compat", "allow_model_py")
 
 HOST = {
     "engine": "engine",
@@ -79,7 +79,7 @@ UNBUILT: dict[str, tuple[tuple[str, ...], str]] = {
     "task": (("text-generation", "text2text-generation"), "what the model is for"),
     "tokenizer_mode": (("auto",), "slow or fast tokenizer"),
     "bedrock_compat": (("false",), "Bedrock's request and answer"),
-    "input_formatter": ((), "own parsing of requests, from model.py"),
+    "input_formatter": ((), "own parsing of requests; mark it with @input_formatter in model.py"),
     "speculative_draft_model": ((), "model that drafts tokens"),
     "draft_model_id": ((), "the same, older name"),
     "speculative_length": ((), "tokens drafted a step"),

@@ -35,6 +35,7 @@ from lmi_dist_handler.words import Word, argument_words, environment_words, file
 
 MASK = "***"
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
+OF_MODEL_PY = ("input_formatter", "output_formatter")  # DJL hands over functions under these names; model_py.py takes them
 OURS = ("lmi-dist", "vllm", "auto")  # values of rolling_batch that mean this engine
 
 
@@ -88,6 +89,9 @@ class HandlerConfig(BaseModel):
     model_name: str
     output_formatter: Formatter | None = Field(default=None, description="form of answers; unset: the request's `stream` decides")
     tgi_compat: bool = Field(default=False, description="token fields and frames as in text-generation-inference")
+    allow_model_py: bool | None = Field(
+        default=None, description="run the formatters in the folder's model.py; unset: refused if there are some"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,8 @@ def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, argume
 def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> HandlerConfig:
     """What a worker makes of its init request. Same table and rules; a word that is unknown here only warns, because DJL
     hands on all that a model's file holds, its own words too. Raises ConfigError."""
-    words = {_key(name): Word(_text(name, value), _key(name), _key(name)) for name, value in properties.items()}
+    plain = {name: value for name, value in properties.items() if not (name in OF_MODEL_PY and callable(value))}
+    words = {_key(name): Word(_text(name, value), _key(name), _key(name)) for name, value in plain.items()}
     own = {key: word for key, word in words.items() if key not in WORKER_PROPERTIES}
     if not _has_model(own) and "model_dir" in words:
         own["option.model_id"] = words["model_dir"]
@@ -302,7 +307,7 @@ def _key(name: str) -> str:
 
 def _text(name: str, value: object) -> str:
     if callable(value):
-        raise ConfigError(f"{name}: a function of model.py is known but not built yet; remove it")
+        raise ConfigError(f"{name} is a function, but must be text")
     return str(value)
 
 

@@ -7,17 +7,19 @@ OpenAI's or of text-generation-inference's.
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmi_dist import Request, RequestError, SamplingParams
-from lmi_dist_handler import openai_requests, tgi_requests
+from lmi_dist_handler import custom, openai_requests, tgi_requests
 from lmi_dist_handler.bodies import read_body
 from lmi_dist_handler.fields import Fields
 from lmi_dist_handler.formatter import Formatter, dialect_of_route
+from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.openai_responses import Ask, DjlChat, DjlChatEvents, DjlChatLines
 from lmi_dist_handler.options import FORMATTERS, UNBUILT_FORMATTERS
 from lmi_dist_handler.responses import Json, JsonLines, JsonList, LmiFormatter, RawText, Sse, Wishes
 from lmi_dist_handler.sampling import LMI, Sampling
+from lmi_dist_handler.wire import Input
 
 if TYPE_CHECKING:
     from lmi_dist_handler.openai_requests import EngineView
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 30
 MAX_INPUTS = 128
+OWN = "the model's own"  # form of an answer that its @output_formatter writes
 ADAPTER_HEADERS = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 
 FORMS: dict[str, type[LmiFormatter]] = {"json": Json, "jsonlines": JsonLines, "sse": Sse, "none": RawText}
@@ -39,10 +42,29 @@ class Parsed:
     formatter: Formatter
 
 
-def parse(body: bytes, properties: Mapping[str, str], engine: "EngineView", handler: "HandlerConfig") -> Parsed:
+def parse_input(inputs: Input, engine: "EngineView", handler: "HandlerConfig", own: Functions = NONE) -> Parsed:
+    """Engine requests of a host's request, read and answered by the model's own functions where it has them."""
+    properties = inputs.get_properties()
+    if own is NONE or dialect_of_route(_headers(properties).get("lmi_route", "")) != "lmi":
+        return parse(inputs.get_as_bytes() or b"", properties, engine, handler)
+    if own.input_formatter is None:
+        return parse(inputs.get_as_bytes() or b"", properties, engine, handler, own)
+    asked = custom.read(own.input_formatter, inputs, engine.tokenizer, handler.model_dump(mode="json"))
+    fields = Fields(custom.body_of(asked))
+    _refuse_adapters(fields, _headers(properties))
+    return _lmi(fields, engine, handler, own, asked)
+
+
+def _headers(properties: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in properties.items()}
+
+
+def parse(
+    body: bytes, properties: Mapping[str, str], engine: "EngineView", handler: "HandlerConfig", own: Functions = NONE
+) -> Parsed:
     """Engine requests of one HTTP request. `properties` are its headers and what our host has added, in any case.
     Raises RequestError that names field, value, rule and way out."""
-    headers = {name.lower(): value for name, value in properties.items()}
+    headers = _headers(properties)
     route = headers.get("lmi_route", "")
     dialect = dialect_of_route(route)
     fields = Fields(read_body(body, headers.get("content-type", ""), is_lmi=dialect == "lmi"))
@@ -56,7 +78,7 @@ def parse(body: bytes, properties: Mapping[str, str], engine: "EngineView", hand
     elif "messages" in fields:
         parsed = Parsed(*openai_requests.djl_chat(fields, engine, handler))
     else:
-        parsed = _lmi(fields, engine, handler)
+        parsed = _lmi(fields, engine, handler, own)
     fields.warn_of_unknown()
     return parsed
 
@@ -68,14 +90,16 @@ def _refuse_adapters(fields: Fields, headers: Mapping[str, str]) -> None:
             raise RequestError(f"header {name}={headers[name]!r} is known but not built yet; leave it out", name)
 
 
-def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig") -> Parsed:
-    """inputs, parameters, stream. All prompts of a list have the same parameters."""
+def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig", own: Functions, asked: Any = None) -> Parsed:
+    """inputs, parameters, stream. All prompts of a list have the same parameters. `asked` is what the model's own function has made
+    of the body."""
+    writer = asked.output_formatter if callable(getattr(asked, "output_formatter", None)) else own.output_formatter
     is_list = isinstance(fields.take("inputs"), list)
     prompts = fields.texts("inputs", MAX_INPUTS) if is_list else [fields.text("inputs")]
     parameters = fields.section("parameters")
     stream = fields.boolean("stream")
     fields.ignore("cached_prompt", "model")
-    form = _form(parameters, stream, handler)
+    form = _form(parameters, stream, handler, has_writer=writer is not None)
     if is_list and form != "json":
         raise fields.refuse("inputs", f"is a list, which is for whole answers, not for {form}; leave out stream or send one string")
     wishes = _wishes(parameters, prompts[0], handler)
@@ -83,14 +107,19 @@ def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig") -> Pars
     truncate = parameters.integer("truncate", 1)
     requests = tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in prompts)
     parameters.warn_of_unknown()
+    if form == OWN and writer is not None:
+        seen = asked or custom.text_input(prompts[0], parameters.values, engine.tokenizer, tgi_compat=handler.tgi_compat)
+        return Parsed(requests, custom.CustomFormatter(writer, seen))
     if is_list:
         return Parsed(requests, JsonList({one.id: Json(replace(wishes, prompt=str(one.prompt))) for one in requests}))
     return Parsed(requests, _formatter(form, wishes, requests[0], handler))
 
 
-def _form(parameters: Fields, stream: bool, handler: "HandlerConfig") -> str:
-    """Name of the answer's form: the request's, else the option's, else as `stream` says (contract 7.3)."""
+def _form(parameters: Fields, stream: bool, handler: "HandlerConfig", *, has_writer: bool) -> str:
+    """Name of the answer's form: the request's, else the option's, else the model's own, else as `stream` says (contract 7.3)."""
     wanted = parameters.text("output_formatter", handler.output_formatter or "auto")
+    if wanted == "auto" and has_writer:
+        return OWN
     if wanted == "auto":
         return ("sse" if handler.tgi_compat else "jsonlines") if stream else "json"
     if wanted not in FORMATTERS:
@@ -121,7 +150,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
     """SamplingParams of `parameters`: greedy unless do_sample, which also brings in the checkpoint's wishes."""
     parameters.only("num_beams", 1, way_out="leave it out and use best_of")
     parameters.only("use_beam_search", False)
-    if wishes.num_candidates > 1 and form in ("jsonlines", "sse", "none"):
+    if wishes.num_candidates > 1 and form in ("jsonlines", "sse", "none", OWN):
         name = "n" if "n" in parameters else "best_of"
         raise parameters.refuse(name, f"is for whole answers, not for {form}; leave out stream or set output_formatter to json")
     sampling = Sampling(parameters, LMI)
@@ -130,7 +159,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
         sampling.put("n", wishes.num_candidates, parameters.name("n" if "n" in parameters else "best_of"))
     if _shows_tokens(wishes, form):
         sampling.values["logprobs"] = _num_alternatives(parameters)
-    if wishes.shows_details and wishes.decoder_input_details:
+    if (wishes.shows_details or form == OWN) and wishes.decoder_input_details:
         sampling.values["prompt_logprobs"] = parameters.integer("prompt_logprobs", 0) or 0
     do_sample = parameters.boolean("do_sample")
     if do_sample:
@@ -140,7 +169,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
 
 
 def _shows_tokens(wishes: Wishes, form: str) -> bool:
-    return form in ("jsonlines", "sse") or wishes.shows_details
+    return form in ("jsonlines", "sse", OWN) or wishes.shows_details
 
 
 def _formatter(form: str, wishes: Wishes, request: Request, handler: "HandlerConfig") -> Formatter:

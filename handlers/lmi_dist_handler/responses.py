@@ -82,7 +82,7 @@ class LmiFormatter(Formatter):
     def details(self, candidate: Candidate, is_tgi: bool, *, with_tokens: bool) -> dict[str, Any]:
         """The details object of one candidate."""
         shown: dict[str, Any] = {
-            "finish_reason": _reason(candidate),
+            "finish_reason": told_reason(candidate),
             "generated_tokens": candidate.num_generated_tokens,
             "inputs": self.wishes.prompt,
         }
@@ -119,7 +119,7 @@ class Json(LmiFormatter):
     def _other(self, candidate: Candidate, is_tgi: bool) -> dict[str, Any]:
         return {
             "generated_text": self.full_text_prefix + candidate.text,
-            "finish_reason": _reason(candidate),
+            "finish_reason": told_reason(candidate),
             "generated_tokens": candidate.num_generated_tokens,
             "tokens": [self.token(token, is_tgi) for token in candidate.tokens],
         }
@@ -200,6 +200,7 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda one: (-one.cumulative_logprob, one.index))
 
 
-def _reason(candidate: Candidate) -> str:
+def told_reason(candidate: Candidate) -> str:
+    """In DJL's words."""
     reason = candidate.finish_reason or ""
     return FINISH_REASONS.get(reason, reason)

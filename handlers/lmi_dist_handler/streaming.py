@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lmi_dist import LmiError, StepError
 from lmi_dist_handler import requests, responses
 from lmi_dist_handler.formatter import UnavailableError
+from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
 from lmi_dist_handler.wire import Input, Output
@@ -196,7 +197,8 @@ class Frame:
         if self.code is not None:
             values |= {"code": self.code, "error": self.error}
         output = reply()
-        output.add_property("Content-Type", self.content_type)
+        if self.content_type:
+            output.add_property("Content-Type", self.content_type)
         output.add(reply.binary_encode(values))
         return output
 
@@ -204,10 +206,11 @@ class Frame:
 class Streams:
     """The requests that are being answered. All methods belong to the loop's thread."""
 
-    def __init__(self, thread: EngineThread, engine: "Engine", config: HandlerConfig) -> None:
+    def __init__(self, thread: EngineThread, engine: "Engine", config: HandlerConfig, own: Functions = NONE) -> None:
         self._thread = thread
         self._engine = engine
         self._config = config
+        self._own = own  # called in the loop's thread only: nobody has promised that they may be called at once
         self._feeds: dict[str, Feed] = {}  # by tracking id
         self._idle = asyncio.Event()
         self._idle.set()
@@ -259,10 +262,10 @@ class Streams:
     async def _parse(self, inputs: Input) -> requests.Parsed:
         if self._is_draining:
             raise UnavailableError("the model is being stopped; try again later")
-        body = inputs.get_as_bytes() or b""
-        if len(body) <= PARSE_INLINE_BYTES:
-            return requests.parse(body, inputs.get_properties(), self._engine, self._config)
-        return await asyncio.to_thread(requests.parse, body, inputs.get_properties(), self._engine, self._config)
+        arguments = (inputs, self._engine, self._config, self._own)
+        if len(inputs.get_as_bytes() or b"") <= PARSE_INLINE_BYTES or self._own is not NONE:
+            return requests.parse_input(*arguments)
+        return await asyncio.to_thread(requests.parse_input, *arguments)
 
     async def _texts(self, formatter: responses.Formatter, feed: Feed) -> AsyncIterator[Frame]:
         """Frames of what each round of outputs adds, until all candidates have ended or one item is an error."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import lmi_dist
 from lmi_dist import MemoryPlanError
 
 INIT = {"handler": "handle", "model_id": "fake", "engine": "MPI", "rolling_batch": "lmi-dist", "model_dir": "."}
+PARTS = ("inputs", "outputs", "request_io", "output_formatter", "input_parser", "encode_decode")
 REQUEST = Input({"request_tracking_id": "t"}, PairList([("data", b'{"inputs": "abc"}')]))
 
 
@@ -100,3 +102,34 @@ def test_bad_option_is_a_reply_with_the_sentence() -> None:
     assert isinstance(reply, Output)
     assert (reply.code, reply.get_property("error_type")) == (424, "ConfigError")
     assert "max_model_len='x' is refused" in reply.message
+
+
+MODEL_PY = """
+from djl_python.output_formatter import TextGenerationOutput, output_formatter
+
+@output_formatter
+def shout(output: TextGenerationOutput) -> str:
+    token, _, is_last = output.sequences[output.best_sequence_index].get_next_token()
+    return token.text.upper() + "!" * is_last
+"""
+
+
+def test_models_own_formatter_answers_when_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.py").write_text(MODEL_PY)
+    for name in ("model", "djl_python", *(f"djl_python.{name}" for name in PARTS)):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(FakeEngine, "tokenizer", lambda engine, text, verbose: {"input_ids": [1]}, raising=False)
+
+    async def main() -> None:
+        refused = await handle(Input({**INIT, "model_dir": str(tmp_path)}))
+        assert isinstance(refused, Output)
+        assert "model.py has formatters of its own; run it with option.allow_model_py=true" in refused.message
+
+        assert await handle(Input({**INIT, "model_dir": str(tmp_path), "allow_model_py": "true"})) is None
+        frames = await answer(Input({}, PairList([("data", b'{"inputs": "abc"}')])))
+
+        values = b"".join(frame.content.value_at(0) for frame in frames)
+        assert [letter in values for letter in (b"A", b"B", b"C!")] == [True] * 3
+        assert {frame.get_property("Content-Type") for frame in frames} == {None}
+
+    asyncio.run(main())

@@ -327,7 +327,10 @@ def test_each_model_has_its_own_options(tmp_path: Path) -> None:
 
     models = load(None, {"SERVING_MODEL_STORE": str(tmp_path), "SERVING_JOB_QUEUE_SIZE": "7"}).models
 
-    assert [(model.name, model.worker.predict_timeout, model.worker.job_queue_size) for model in models] == [("a", 1, 7), ("b", 2, 7)]
+    assert [(model.name, model.worker.predict_timeout, model.worker.job_queue_size) for model in models] == [
+        ("a", 1, 7),
+        ("b", 2, 7),
+    ]
 
 
 # what the worker sees, and explain
@@ -362,7 +365,7 @@ def test_model_folder_is_the_model_inside_djl() -> None:
     ("properties_given", "message"),
     [
         ({}, "option.model_id is missing from the init request"),
-        ({"model_id": "m", "output_formatter": print}, "output_formatter: a function of model.py is known but not built yet"),
+        ({"model_id": "m", "dtype": print}, "dtype is a function, but must be text"),
         ({"model_id": "m", "dtype": "int3"}, "option.dtype='int3' is refused"),
     ],
 )
