@@ -46,7 +46,7 @@ class EngineStats:
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
-    planned_bytes: int  # memory that the plan gives to weights, KV pool and working memory
+    lazy_bytes: int  # of the KV pool and working memory: the system hands them out as they are used
 
 
 class Engine:
@@ -153,7 +153,7 @@ class Engine:
             num_preemptions=scheduler.preemptions,
             num_prefix_query_tokens=scheduler.prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            planned_bytes=self.memory.planned_bytes,
+            lazy_bytes=self.memory.pool_bytes + self.memory.working_bytes,
         )
 
     def close(self) -> None:

@@ -97,7 +97,7 @@ class Host:
         self._turns = turns or Turns()
         self._turns.hosts.add(self)
         self._settled = asyncio.Event()
-        self._planned_bytes = 0
+        self._grows_to_bytes = 0
         self.failure: LmiError | None = None  # why the model has failed for good
         self.started_at = 0.0  # of the worker, seconds since 1970
         self._was_ready = False
@@ -131,7 +131,7 @@ class Host:
     @property
     def unused_bytes(self) -> int:
         """Memory that the plan gives to this model and that its worker has not taken yet."""
-        return max(0, self._planned_bytes - self._group.resident_bytes) if self._group and self.state == "ready" else 0
+        return max(0, self._grows_to_bytes - self._group.resident_bytes) if self._group and self.state == "ready" else 0
 
     async def settled(self) -> None:
         """Wait until the model is ready, has failed for good or was stopped."""
@@ -233,7 +233,7 @@ class Host:
         if reply.code >= 300:
             is_final = reply.get_property("error_type") in FINAL_ERRORS
             raise LoadError(reply.message, reply.code) if is_final else WorkerLostError(reply.message)
-        self._planned_bytes = await _planned_bytes(group)
+        self._grows_to_bytes = group.resident_bytes + await _lazy_bytes(group)
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - started)
 
     def _beside(self, promised_mb: int) -> dict[str, str]:
@@ -284,9 +284,9 @@ class Host:
             self._settled.set()
 
 
-async def _planned_bytes(group: Group) -> int:
-    """What the model's memory plan comes to; 0 from a worker that does not say."""
+async def _lazy_bytes(group: Group) -> int:
+    """What the worker's memory plan has beyond what it holds once it has loaded; 0 from a worker that does not say."""
     try:
-        return int((await group.stats(SILENT_S)).get("planned_bytes", 0))
+        return int((await group.stats(SILENT_S)).get("lazy_bytes", 0))
     except (TimeoutError, asyncio.TimeoutError):
         return 0

@@ -50,7 +50,7 @@ def abort(inputs: Input) -> Output:
 
 
 def stats(inputs: Input) -> Output:
-    return Output().add({"busy_s": 0.0, "planned_bytes": int(properties.get("planned", 0))})
+    return Output().add({"busy_s": 0.0, "lazy_bytes": int(properties.get("lazy", 0))})
 
 
 async def drain(inputs: Input) -> Output:
