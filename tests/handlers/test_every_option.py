@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_dist_handler import load_models, properties, settle
+from lmi_dist_handler import load_models, properties, settle, words
 from lmi_dist_handler.options import HANDLER, HOST, OPTIONS, SERVER_FIELDS, SERVER_IGNORED, SERVER_UNBUILT, Option
 
 from lmi_dist import ConfigError
@@ -33,7 +33,12 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "reserved_memory_mb": ("500", 500),
 }
 REFUSED = ("option.quantize",)  # has a setting, every value of which is refused until it is built
-HANDLER_WORDS = {"option.rolling_batch": "auto", "option.output_formatter": "sse", "option.tgi_compat": "true"}
+HANDLER_WORDS = {
+    "option.rolling_batch": "auto",
+    "option.output_formatter": "sse",
+    "option.tgi_compat": "true",
+    "option.allow_model_py": "true",
+}
 HOST_WORDS = {
     "engine": "Python", "job_queue_size": "7", "option.predict_timeout": "5", "option.model_loading_timeout": "6",
     "option.env": "A=b",
@@ -158,3 +163,11 @@ def test_table_hides_the_password_of_a_url(tmp_path: Path) -> None:
     model = loaded(tmp_path, "option.model_id=s3://name:password@bucket/model")
 
     assert ("option.model_id", "s3://***@bucket/model", "serving.properties:1") in model.table()
+
+
+@pytest.mark.parametrize(("source", "target"), words.TRANSLATIONS, ids=lambda name: name)
+def test_variable_means_another(source: str, target: str) -> None:
+    found = words.environment_words({source: "7"})
+
+    assert found[target].origin == source
+    assert words.environment_words({source: "7", target: "8"})[target].value == "8"
