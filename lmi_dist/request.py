@@ -3,6 +3,7 @@
 A request is validated when it is made, so that no stage after it checks again.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -67,7 +68,7 @@ class SamplingParams(BaseModel):
             first = error.errors(include_url=False)[0]
             name = str(first["loc"][0]) if first["loc"] else None
             if name is None:
-                raise RequestError(first["msg"].removeprefix("Value error, ")) from None
+                raise RequestError(_renamed(first["msg"].removeprefix("Value error, "), names or {})) from None
             shown = (names or {}).get(name, name)
             value = repr(values.get(name))
             value = value if len(value) <= 100 else value[:100] + "..."
@@ -81,6 +82,11 @@ class SamplingParams(BaseModel):
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _renamed(message: str, names: Mapping[str, str]) -> str:
+    """A rule about several fields, in the client's words."""
+    return re.sub(r"\w+(?==)", lambda found: names.get(found[0], found[0]), message)
 
 
 @dataclass(frozen=True, slots=True)

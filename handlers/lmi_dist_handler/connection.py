@@ -11,10 +11,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from lmi_dist_handler.front import HttpError, logger, refusal
+from lmi_dist_handler.front import LONG_HEADERS, HttpError, logger, refusal
 from lmi_dist_handler.metrics import Metrics
-
-MAX_HEADER_BYTES = 64 * 1024  # of the request line and all headers
 
 
 class Connection(H11Protocol):
@@ -60,8 +58,7 @@ class Connection(H11Protocol):
         """uvicorn's answer to what is no HTTP; called while h11's exception is handled, which knows more."""
         error = sys.exc_info()[1]
         code = getattr(error, "error_status_hint", 400)
-        rule = f"the request line and headers must be at most {MAX_HEADER_BYTES} bytes" if code == 431 else str(error or msg)
-        self._refuse(code, f"the request is not valid HTTP/1.1: {rule}")
+        self._refuse(code, LONG_HEADERS if code == 431 else f"the request is not valid HTTP/1.1: {error or msg}")
 
     # ---- its parts ----
 

@@ -29,6 +29,8 @@ ROUTES = (
     "/generate", "/generate_stream", "/endpoints",
 )  # fmt: skip
 QUIET = ("/ping", "/status.json")  # asked every few seconds, for ever
+MAX_HEADER_BYTES = 64 * 1024  # of the path, the query and all headers
+LONG_HEADERS = f"the request line and headers must be at most {MAX_HEADER_BYTES} bytes; shorten them"
 SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")
 
 
@@ -72,7 +74,9 @@ class Front:
             await self._app(scope, receive, send)
 
     def _guarded(self, scope: Scope) -> ASGIApp:
-        """The routes, or the answer to a request without the key."""
+        """The routes, or the answer to a request without the key, or with more headers than uvicorn would have waited for."""
+        if _header_bytes(scope) > MAX_HEADER_BYTES:
+            return refusal(scope, HttpError(431, LONG_HEADERS))
         if self._api_key is None or _is_open(scope):
             return self._app
         given = Headers(scope=scope).get("authorization", "")
@@ -127,6 +131,11 @@ class _Exchange:
 def _is_open(scope: Scope) -> bool:
     """Whether no key is asked for: neither route tells more than whether the models are well. POST / generates text."""
     return bool(scope["path"] == "/ping" or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD")))
+
+
+def _header_bytes(scope: Scope) -> int:
+    sizes = [len(name) + len(value) + 4 for name, value in scope["headers"]]
+    return len(scope["path"]) + len(scope["query_string"]) + sum(sizes)
 
 
 def _label(path: str) -> str:

@@ -116,7 +116,7 @@ def _managed() -> Schema:
 
 def _lmi() -> Schema:
     """One schema on all of DJL's routes: text or chat, as the body says."""
-    parameters = {**_sampling(LMI), **LMI_ONLY}
+    parameters = {**sampling_fields(LMI), **LMI_ONLY}
     inputs = {"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS}]}
     text = _object({"inputs": inputs, "parameters": _object(parameters), "stream": SWITCH}, "inputs")
     body = {"anyOf": [text, _chat_body()]}
@@ -135,7 +135,7 @@ def _lmi() -> Schema:
 
 def _openai() -> Schema:
     completion = {
-        **_sampling(COMPLETION), **OPENAI_ONLY, "prompt": PROMPT, "echo": SWITCH, "logprobs": COUNT,
+        **sampling_fields(COMPLETION), **OPENAI_ONLY, "prompt": PROMPT, "echo": SWITCH, "logprobs": COUNT,
     }  # fmt: skip
     answers = {
         **_answers(OPENAI_ERROR, "429"),
@@ -151,7 +151,7 @@ def _openai() -> Schema:
 
 def _chat_body() -> Schema:
     fields = {
-        **_sampling(CHAT), **OPENAI_ONLY, "messages": {"type": "array", "items": MESSAGE, "minItems": 1},
+        **sampling_fields(CHAT), **OPENAI_ONLY, "messages": {"type": "array", "items": MESSAGE, "minItems": 1},
         "tools": {"type": "array", "items": {"type": "object"}}, "logprobs": SWITCH,
         "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
     }  # fmt: skip
@@ -159,7 +159,7 @@ def _chat_body() -> Schema:
 
 
 def _tgi() -> Schema:
-    body = _object({"inputs": TEXT, "parameters": _object({**_sampling(TGI), **TGI_ONLY}), "stream": SWITCH}, "inputs")
+    body = _object({"inputs": TEXT, "parameters": _object({**sampling_fields(TGI), **TGI_ONLY}), "stream": SWITCH}, "inputs")
     answers = {
         **_answers(TGI_ERROR, "422", "429"),
         "200": {"description": "the text", "content": {JSON: {}, "text/event-stream": {}}},
@@ -175,7 +175,7 @@ def _tgi() -> Schema:
 # ---- their parts ----
 
 
-def _sampling(table: Mapping[str, str]) -> Schema:
+def sampling_fields(table: Mapping[str, str]) -> Schema:
     """The fields of a table of names, with the rules of what they mean."""
     rules = SamplingParams.model_json_schema()["properties"]
     known = {name: {key: value for key, value in rules[target].items() if key != "title"} for name, target in table.items()}

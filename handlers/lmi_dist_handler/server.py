@@ -13,7 +13,8 @@ from typing import cast
 import uvicorn
 
 from lmi_dist import ConfigError
-from lmi_dist_handler.connection import MAX_HEADER_BYTES, connections
+from lmi_dist_handler.connection import connections
+from lmi_dist_handler.front import MAX_HEADER_BYTES
 from lmi_dist_handler.host import Host
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
