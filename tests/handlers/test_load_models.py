@@ -29,6 +29,8 @@ def test_element_is_split(word: str, expected: tuple[str, ...]) -> None:
     ("word", "message"),
     [
         ("a:b:c:d:e=/m", "must look like"),
+        ("a/b=/m", "name='a/b' must be at most 128 letters, digits, dots, dashes and underscores"),
+        ("a:1 2=/m", "version='1 2' must be"),
         ("a::PyTorch=/m", "engine='PyTorch' is not one of ours"),
         ("a:::1;2=/m", "devices='1;2' is known but not built yet"),
         ("a=djl://x/y", "is known but not built yet; give a folder"),

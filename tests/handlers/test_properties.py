@@ -194,6 +194,88 @@ def test_bad_line_is_refused_by_name(tmp_path: Path, text: str, message: str) ->
         load(write(tmp_path, text), {"OPTION_MODEL_ID": "some/model"})
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("option.dtype=bf16\noption.data_type=fp16\n", r"data_type and .*option.dtype could not both be set; remove the first"),
+        ("option.load_in_8bit=true\noption.load_in_4bit=true\n", r"load_in_4bit and .*load_in_8bit could not both be set"),
+        ("option.enable_chunked_prefill=false\noption.prefill_chunk_tokens=64\n", "contradicts enable_chunked_prefill=false"),
+        ("option.env=A=1\n", r":1: option.env is refused: a model may set variables only with SERVING_ALLOW_ENV=true"),
+        ("=x\n", r"serving.properties:1:  is unknown"),
+        ("option.model_id=\\\n", "option.model_id has no value"),
+    ],
+)
+def test_words_that_cannot_stand_are_refused(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, lines), {"OPTION_MODEL_ID": "some/model"})
+
+
+def test_bad_variables_of_a_model_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"option.env='A=1,B' is refused: .*'B' must look like NAME=value"):
+        load(write(tmp_path, "option.env=A=1,B\noption.model_id=m\n"), {"SERVING_ALLOW_ENV": "true"})
+
+
+def test_line_set_again_further_down_counts_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = one(load(write(tmp_path, "option.dtype=bf16\noption.dtype=fp16\noption.model_id=m\n"), {}))
+
+    assert model.engine_config().dtype == "fp16"
+    assert caplog.messages == ["serving.properties:1: option.dtype='bf16' is set again further down, which counts"]
+
+
+def test_models_variables_do_not_go_to_the_handler(tmp_path: Path) -> None:
+    model = one(load(write(tmp_path, "option.env=A=1\noption.model_id=m\n"), {"SERVING_ALLOW_ENV": "true", "HOME": "/h"}))
+
+    assert "env" not in model.init_properties()
+    assert model.environment == {"SERVING_ALLOW_ENV": "true", "HOME": "/h", "A": "1"}
+
+
+# several models
+
+
+def test_list_may_be_empty_where_models_are_registered_later(tmp_path: Path) -> None:
+    assert load(None, {"SERVING_LOAD_MODELS": "NONE"}).models == ()
+    assert load(None, {"SERVING_MODEL_STORE": str(tmp_path)}).models == ()
+
+
+def test_versions_of_one_name_may_stand_side_by_side(checkpoint: Path) -> None:
+    models = load(None, {"SERVING_LOAD_MODELS": f"a:1={checkpoint},a:2={checkpoint}"}).models
+
+    assert [(model.name, model.version) for model in models] == [("a", "1"), ("a", "2")]
+
+
+def test_option_for_all_must_not_replace_a_models_own_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    write(tmp_path, "option.model_id=m\n")
+    several = {"SERVING_LOAD_MODELS": f"a={checkpoint},b={tmp_path}/model", "OPTION_MODEL_ID": "org/other"}
+
+    with pytest.raises(ConfigError, match=r"OPTION_MODEL_ID='org/other' would take the place of the checkpoint in .*/checkpoint"):
+        load(None, several)
+
+    assert load(None, {**several, "SERVING_LOAD_MODELS": str(checkpoint)}).models[0].engine_config().model == "org/other"
+
+
+def test_parameters_of_a_registration_go_before_the_file(tmp_path: Path) -> None:
+    write(tmp_path, "engine=MPI\njob_queue_size=3\noption.model_id=m\noption.max_model_len=9\n")
+    settings = load(None, {"SERVING_MODEL_STORE": str(tmp_path), "SERVING_LOAD_MODELS": "NONE", "OPTION_DTYPE": "bf16"})
+
+    model = settings.register({"url": "model", "engine": "Python", "job_queue_size": "4", "model_name": "x", "model_version": "2"})
+
+    config = model.engine_config()
+    assert (model.name, model.version, model.engine, model.worker.job_queue_size) == ("x", "2", "Python", 4)
+    assert (config.max_model_len, config.dtype, config.max_queue_size) == (9, "bf16", 4)
+    assert model.origin["job_queue_size"] == "POST /models"
+
+
+def test_registration_needs_a_store_or_leave(tmp_path: Path) -> None:
+    folder = write(tmp_path, "option.model_id=m\n")
+
+    with pytest.raises(ConfigError, match=r"lies in no model store; set SERVING_MODEL_STORE, or allow any url with"):
+        load(None, {"SERVING_LOAD_MODELS": "NONE"}).register({"url": str(folder)})
+
+    allowed = load(None, {"SERVING_LOAD_MODELS": "NONE", "SERVING_ALLOW_ANY_MODEL_URL": "true"})
+    assert allowed.register({"url": str(folder)}).name == "model"
+    assert allowed.register({"url": "s3://bucket/llama"}).engine_config().model == "s3://bucket/llama"
+
+
 @pytest.mark.parametrize("name", ["vllm", "auto", "lmi-dist", "LMI-DIST"])
 def test_rolling_batch_names_that_mean_ours(name: str) -> None:
     assert with_env(OPTION_ROLLING_BATCH=name)
