@@ -185,8 +185,12 @@ def test_refusals_speak_the_routes_dialect(path: str, error: LmiError, code: int
 @pytest.mark.parametrize(
     ("state", "code", "status"),
     [
-        ("ready", 200, "Healthy"), ("degraded", 200, "Unhealthy"), ("loading", 503, "PENDING"), ("restarting", 503, "Unhealthy"),
-        ("failed", 500, "FAILED"), ("stopped", 503, "Unhealthy"),
+        ("ready", 200, "Healthy"),
+        ("degraded", 200, "Unhealthy"),
+        ("loading", 503, "PENDING"),
+        ("restarting", 503, "Unhealthy"),
+        ("failed", 500, "FAILED"),
+        ("stopped", 503, "Unhealthy"),
     ],  # fmt: skip
 )
 def test_ping_tells_the_truth(state: str, code: int, status: str) -> None:

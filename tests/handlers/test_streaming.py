@@ -256,5 +256,3 @@ def test_failure_to_build_is_raised_at_start() -> None:
             await EngineThread(build).start()
 
     asyncio.run(main())
-
-
