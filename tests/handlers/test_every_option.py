@@ -111,12 +111,13 @@ def test_deprecated_word_works_with_a_warning(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("option", of_reader("ignored"), ids=lambda option: option.key)
-def test_ignored_word_changes_nothing_and_says_so(tmp_path: Path, option: Option) -> None:
+def test_ignored_word_changes_nothing_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture, option: Option) -> None:
     plain, given = loaded(tmp_path), loaded(tmp_path, f"{option.key}=1")
 
     assert given.handler == plain.handler
     assert given.worker == plain.worker
     assert [row[0] for row in given.table() if "no effect: " in row[2]] == [option.key]
+    assert caplog.messages == [f"serving.properties:2: {option.key}='1' has no effect: {option.about}"]
 
 
 @pytest.mark.parametrize("key", ["option.quantize", *(option.key for option in of_reader("unbuilt", "host_unbuilt"))])
@@ -171,3 +172,58 @@ def test_variable_means_another(source: str, target: str) -> None:
 
     assert found[target].origin == source
     assert words.environment_words({source: "7", target: "8"})[target].value == "8"
+
+
+# the environment forms of 5.4, each with a value and the option of the model that it becomes
+VARIABLES = {
+    "MODEL_LOADING_TIMEOUT": ("1200", "model_loading_timeout"),
+    "PREDICT_TIMEOUT": ("240", "predict_timeout"),
+    "HF_TRUST_REMOTE_CODE": ("true", "trust_remote_code"),
+    "HF_MODEL_TRUST_REMOTE_CODE": ("true", "trust_remote_code"),
+    "TENSOR_PARALLEL_DEGREE": ("1", "tensor_parallel_degree"),
+    "SM_NUM_GPUS": ("1", "tensor_parallel_degree"),
+    "PIPELINE_PARALLEL_DEGREE": ("1", "pipeline_parallel_degree"),
+    "MAX_CONCURRENT_REQUESTS": ("5", "job_queue_size"),
+    "MAX_BATCH_PREFILL_TOKENS": ("99", "max_rolling_batch_prefill_tokens"),
+    "MAX_BATCH_SIZE": ("9", "max_rolling_batch_size"),
+    "ENABLE_CUDA_GRAPHS": ("true", "enforce_eager"),
+    "CUDA_MEMORY_FRACTION": ("0.5", "gpu_memory_utilization"),
+    "SAGEMAKER_STARTUP_TIMEOUT": ("600", "model_loading_timeout"),
+    "SAGEMAKER_MODEL_SERVER_TIMEOUT_SECONDS": ("60", "predict_timeout"),
+    "DJL_ENTRY_POINT": ("djl_python.huggingface", "entryPoint"),
+}
+SILENT = (
+    "DJL_CACHE_DIR", "HF_HOME", "HF_HUB_ENABLE_HF_TRANSFER", "USE_AICCL_BACKEND", "SAFETENSORS_FAST_GPU",
+    "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN", "SERVING_FEATURES",
+)  # fmt: skip
+REFUSED_VARIABLES = {
+    "HF_MODEL_QUANTIZE": "gptq", "SERVING_MIN_WORKERS": "2", "SERVING_MAX_WORKERS": "2", "SAGEMAKER_NUM_MODEL_WORKERS": "2",
+    "PIPELINE_PARALLEL_DEGREE": "2", "DJL_ENTRY_POINT": "mine.py",
+}  # fmt: skip
+
+
+def with_variable(name: str, value: str) -> properties.ModelSettings:
+    (model,) = properties.load(None, {"OPTION_MODEL_ID": "org/other", name: value}).models
+    return model
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variable_becomes_its_option(name: str) -> None:
+    value, option = VARIABLES[name]
+
+    model = with_variable(name, value)
+
+    assert model.origin[option] == name
+    assert model.values[option] == ("false" if name == "ENABLE_CUDA_GRAPHS" else value)
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_variable_of_the_container_changes_nothing(caplog: pytest.LogCaptureFixture, name: str) -> None:
+    assert with_variable(name, "1") == with_variable("UNRELATED", "1")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", REFUSED_VARIABLES)
+def test_variable_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="known but not built yet"):
+        with_variable(name, REFUSED_VARIABLES[name])
