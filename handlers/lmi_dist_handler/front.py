@@ -94,7 +94,8 @@ class _Exchange:
         self._metrics = metrics
         self._code = 500
         self._num_bytes = 0
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id") or headers.get("x-amzn-sagemaker-inference-id", "")
         self._id = given if SAFE_ID.fullmatch(given) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = self._id
 

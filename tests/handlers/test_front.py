@@ -43,3 +43,11 @@ def test_whatever_generates_text_needs_the_key(path: str) -> None:
 )
 def test_refusal_is_in_the_routes_words(path: str, names: set[str]) -> None:
     assert set(call("POST", path).json()) == names
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [({"x-request-id": "a", "x-amzn-sagemaker-inference-id": "b"}, "a"), ({"x-amzn-sagemaker-inference-id": "b"}, "b")],
+)
+def test_request_has_the_clients_id(headers: dict[str, str], expected: str) -> None:
+    assert call("GET", "/ping", **headers).headers["x-request-id"] == expected

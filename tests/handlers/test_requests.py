@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmi_dist_handler.openai_responses import Chat, Completion, DjlChat, DjlChatEvents, DjlChatLines
-from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.requests import Parsed, parse
 from lmi_dist_handler.responses import Json, JsonLines, JsonList, LmiFormatter, RawText, Sse
+from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.tgi_responses import Tgi, TgiEvents
 
 from lmi_dist import EngineConfig, Output, RequestError, SamplingParams
