@@ -19,9 +19,9 @@ import pytest
 from lmi_dist_handler import formatter, options, server_words, words
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import HandlerConfig, ServerSettings
 from lmi_dist_handler.registry import Registry
 from lmi_dist_handler.requests import parse
+from lmi_dist_handler.settings import HandlerConfig, ServerSettings
 
 import lmi_dist
 

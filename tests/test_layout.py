@@ -49,7 +49,7 @@ HANDLER_LEVELS = (
     ),
     ("bench_limits", "bench_target", "bodies", "chat", "demo_model", "group", "model_py", "sampling", "synthetic", "words"),
     ("openai_responses", "responses"),
-    ("custom", "host", "load_models", "settle", "tgi_responses", "worker"),
+    ("custom", "host", "load_models", "settings", "settle", "tgi_responses", "worker"),
     ("metrics", "page", "registration", "server_words", "tgi_requests"),
     ("front", "properties"),
     ("connection", "openai_requests", "registry"),

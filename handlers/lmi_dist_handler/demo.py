@@ -23,6 +23,7 @@ from lmi_dist import LmiError
 from lmi_dist_handler import cli, properties
 from lmi_dist_handler.cache import default_cache
 from lmi_dist_handler.server import bind
+from lmi_dist_handler.settings import ServerSettings
 
 PROMPT = "Return the"
 PARAMETERS = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 7}
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     return cli.serve(arguments)
 
 
-def _settings(arguments: argparse.Namespace) -> properties.ServerSettings:
+def _settings(arguments: argparse.Namespace) -> ServerSettings:
     """The server's own words; the model's do not matter yet, so the cache stands in for its folder."""
     arguments.cache.mkdir(parents=True, exist_ok=True)
     given = {"host": arguments.host, "port": arguments.port, "option.model_id": str(arguments.cache)}
@@ -94,7 +95,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _present(server: properties.ServerSettings, folder: Path) -> None:
+def _present(server: ServerSettings, folder: Path) -> None:
     """Ask the server something as soon as it is ready, and show the answer and the way on."""
     access = logging.getLogger("lmi_dist_handler.access")
     access.setLevel(logging.WARNING)  # lest its lines stand amid the answer
@@ -119,7 +120,7 @@ def outcome(folder: Path) -> str:
     )
 
 
-def wait_until_ready(server: properties.ServerSettings, timeout_s: float = READY_TIMEOUT_S) -> None:
+def wait_until_ready(server: ServerSettings, timeout_s: float = READY_TIMEOUT_S) -> None:
     """Returns when /ping says 200. Raises DemoError when that takes too long."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -132,7 +133,7 @@ def wait_until_ready(server: properties.ServerSettings, timeout_s: float = READY
     raise DemoError(f"the server was not ready within {timeout_s:g} s")
 
 
-def answer(server: properties.ServerSettings, prompt: str) -> Iterator[str]:
+def answer(server: ServerSettings, prompt: str) -> Iterator[str]:
     """The texts of the tokens that continue `prompt`, as they come. Raises DemoError with the server's own sentence."""
     connection = _connection(server, timeout_s=READ_TIMEOUT_S)
     headers = {"content-type": "application/json"}
@@ -157,11 +158,11 @@ def _body(prompt: str) -> str:
     return json.dumps({"inputs": prompt, "stream": True, "parameters": PARAMETERS})
 
 
-def _connection(server: properties.ServerSettings, timeout_s: float) -> http.client.HTTPConnection:
+def _connection(server: ServerSettings, timeout_s: float) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(EVERYWHERE.get(server.host, server.host), server.port, timeout=timeout_s)
 
 
-def ways_on(server: properties.ServerSettings) -> list[str]:
+def ways_on(server: ServerSettings) -> list[str]:
     """Three lines to try next."""
     host = EVERYWHERE.get(server.host, server.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"

@@ -24,9 +24,9 @@ from lmi_dist_handler.group import Piece, Stream, WorkerLostError
 from lmi_dist_handler.host import Health
 from lmi_dist_handler.management import Management
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import ServerSettings
 from lmi_dist_handler.registry import Registry, Served
 from lmi_dist_handler.sagemaker import Runtime
+from lmi_dist_handler.settings import ServerSettings
 from lmi_dist_handler.wire import PairList
 
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread

@@ -24,7 +24,7 @@ from lmi_dist_handler.openai_responses import (
 from lmi_dist_handler.sampling import COMMON, Sampling
 
 if TYPE_CHECKING:
-    from lmi_dist_handler.properties import HandlerConfig
+    from lmi_dist_handler.settings import HandlerConfig
 
 MAX_PROMPTS = 128
 COMPLETION_TOKENS = 16

@@ -13,7 +13,8 @@ from lmi_dist import LmiError
 from lmi_dist_handler import packages
 from lmi_dist_handler.front import HttpError
 from lmi_dist_handler.host import Host, Limits, Turns
-from lmi_dist_handler.properties import ModelSettings, ServerSettings, Settings
+from lmi_dist_handler.properties import Settings
+from lmi_dist_handler.settings import ModelSettings, ServerSettings
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from lmi_dist_handler.wire import Input
 
 if TYPE_CHECKING:
     from lmi_dist_handler.openai_requests import EngineView
-    from lmi_dist_handler.properties import HandlerConfig
+    from lmi_dist_handler.settings import HandlerConfig
 
 DEFAULT_NEW_TOKENS = 30
 MAX_INPUTS = 128

@@ -18,8 +18,9 @@ from lmi_dist_handler.front import MAX_HEADER_BYTES
 from lmi_dist_handler.host import Host
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import ServerSettings, Settings
+from lmi_dist_handler.properties import Settings
 from lmi_dist_handler.registry import Registry, of_settings
+from lmi_dist_handler.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 

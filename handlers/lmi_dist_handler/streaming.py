@@ -18,7 +18,7 @@ from lmi_dist import LmiError, StepError
 from lmi_dist_handler import requests, responses
 from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.model_py import NONE, Functions
-from lmi_dist_handler.properties import HandlerConfig
+from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
 from lmi_dist_handler.wire import Input, Output
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import tiny_models
-from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.requests import parse
+from lmi_dist_handler.settings import HandlerConfig
 
 from lmi_dist import Engine, EngineConfig
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 from lmi_dist_handler import cli
-from lmi_dist_handler.properties import ServerSettings
 from lmi_dist_handler.server import bind
+from lmi_dist_handler.settings import ServerSettings
 
 from lmi_dist import ConfigError
 

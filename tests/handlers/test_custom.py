@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from lmi_dist_handler.custom import CustomFormatter, CustomFormatterError
 from lmi_dist_handler.model_py import Functions
-from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.request_io import TextGenerationOutput, TextInput
 from lmi_dist_handler.requests import Parsed, parse_input
 from lmi_dist_handler.responses import Json, JsonLines, JsonList
+from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.tgi_responses import Tgi
 from lmi_dist_handler.wire import Input, PairList
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from lmi_dist_handler import demo
 from lmi_dist_handler.demo import DemoError
-from lmi_dist_handler.properties import ServerSettings
+from lmi_dist_handler.settings import ServerSettings
 
 RECIPE = json.dumps(
     {"vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "context": 64, "num_steps": 3, "num_bytes": 20_000}

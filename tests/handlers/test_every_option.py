@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from lmi_dist_handler import load_models, properties, settle, words
 from lmi_dist_handler.options import HANDLER, HOST, OPTIONS, SERVER_FIELDS, SERVER_IGNORED, SERVER_UNBUILT, Option
+from lmi_dist_handler.settings import ModelSettings
 
 from lmi_dist import ConfigError
 
@@ -56,7 +57,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_models, "DEFAULT_STORE", tmp_path / "no-store")
 
 
-def loaded(tmp_path: Path, *lines: str, **environ: str) -> properties.ModelSettings:
+def loaded(tmp_path: Path, *lines: str, **environ: str) -> ModelSettings:
     """The model of a file with these lines."""
     needed = [] if any(line.startswith(("option.model_id", "option.s3url")) for line in lines) else ["option.model_id=some/model"]
     (tmp_path / "serving.properties").write_text("\n".join([*needed, *lines]))
@@ -202,7 +203,7 @@ REFUSED_VARIABLES = {
 }  # fmt: skip
 
 
-def with_variable(name: str, value: str) -> properties.ModelSettings:
+def with_variable(name: str, value: str) -> ModelSettings:
     (model,) = properties.load(None, {"OPTION_MODEL_ID": "org/other", name: value}).models
     return model
 

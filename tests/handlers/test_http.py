@@ -10,8 +10,8 @@ from lmi_dist_handler.group import Piece, WorkerLostError
 from lmi_dist_handler.host import NotReadyError
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import ServerSettings
 from lmi_dist_handler.registry import Registry, Served
+from lmi_dist_handler.settings import ServerSettings
 from lmi_dist_handler.wire import PairList
 
 from lmi_dist import LmiError, OverloadedError

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import pytest
 from lmi_dist_handler.openai_responses import ChatEvents, CompletionEvents, OpenAIFormatter
-from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.requests import Parsed, parse
+from lmi_dist_handler.settings import HandlerConfig
 
 from lmi_dist import EngineConfig, RequestError
 

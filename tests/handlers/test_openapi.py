@@ -7,8 +7,8 @@ from lmi_dist_handler import openapi
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.openai_requests import CHAT, COMPLETION
-from lmi_dist_handler.properties import ServerSettings
 from lmi_dist_handler.sampling import LMI
+from lmi_dist_handler.settings import ServerSettings
 from lmi_dist_handler.tgi_requests import TGI
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from lmi_dist_handler.options import ENGINE, HANDLER, HOST, OPTIONS, PLAIN_ENGINE, SERVER_FIELDS
-from lmi_dist_handler.properties import HandlerConfig, ServerSettings, WorkerConfig
+from lmi_dist_handler.settings import HandlerConfig, ServerSettings, WorkerConfig
 from pydantic import BaseModel
 
 from lmi_dist import EngineConfig

@@ -12,7 +12,7 @@ import pytest
 from lmi_dist_handler import page
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
-from lmi_dist_handler.properties import ServerSettings
+from lmi_dist_handler.settings import ServerSettings
 
 STATS = {
     "num_running": 1, "num_waiting": 2, "num_blocks": 10, "num_free_blocks": 4, "num_prompt_tokens": 30, "num_generated_tokens": 20,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from lmi_dist_handler import load_models, settle
 from lmi_dist_handler.options import OPTIONS, Option
-from lmi_dist_handler.properties import ModelSettings, Settings, from_init, load
+from lmi_dist_handler.properties import Settings, from_init, load
+from lmi_dist_handler.settings import ModelSettings
 
 from lmi_dist import ConfigError
 

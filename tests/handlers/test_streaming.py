@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from lmi_dist_handler.properties import HandlerConfig
+from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.streaming import MAX_PIECE, EngineThread, Streams
 from lmi_dist_handler.wire import Codec, Input, Output, PairList
 

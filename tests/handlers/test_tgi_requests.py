@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lmi_dist_handler.properties import HandlerConfig
 from lmi_dist_handler.requests import Parsed, parse
+from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.tgi_responses import Tgi, TgiEvents, TgiFormatter, TgiWishes
 
 from lmi_dist import EngineConfig, RequestError, SamplingParams
