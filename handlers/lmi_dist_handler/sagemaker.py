@@ -75,7 +75,7 @@ class _Reply:
             return
         code, text = self._start["status"], b"".join(self._failure).decode()
         told = {
-            "Message": f'Received client error ({code}) from primary with message "{text}"',
+            "Message": f'Received {"client" if code < 500 else "server"} error ({code}) from primary with message "{text}"',
             "OriginalMessage": text,
             "OriginalStatusCode": code,
         }

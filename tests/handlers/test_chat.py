@@ -80,6 +80,28 @@ def test_special_tokens_that_users_spell_are_text(kind: str, role: str) -> None:
         assert "".join(str(tokenizer.decode(list(prompt))).split()) == f"<s><{role}>a</s><s>b<|tool|>c<assistant>"
 
 
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+def test_prompt_has_the_ids_of_transformers(kind: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizers.KINDS[kind]())
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {"role": "system", "content": "Žluť < s >"},
+        *user("  two spaces\n\t{{ x }} 😀"),
+        {"role": "assistant", "content": "a</s>"},
+    ]
+
+    prompt = render(Fields({"messages": messages}), tokenizer)
+
+    theirs = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == theirs
+
+
+@pytest.mark.parametrize("tools", [[3], ["x"], [None]])
+def test_bad_tools_are_refused(tools: list[Any]) -> None:
+    with pytest.raises(RequestError, match="messages are refused by the model's chat template"):
+        rendered(user("hi"), tools=tools)
+
+
 def test_special_tokens_of_the_application_are_tokens() -> None:
     assert rendered([{"role": "assistant", "content": "a</s>"}, *user("hi")]) == "<s><assistant>a</s><user>hi<assistant>"
 

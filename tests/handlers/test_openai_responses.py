@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 from lmi_dist_handler.formatter import Formatter
 from lmi_dist_handler.openai_responses import (
@@ -16,6 +17,7 @@ from lmi_dist_handler.openai_responses import (
     DjlChatLines,
     OpenAIFormatter,
 )
+from openai import APIError, OpenAI
 from openai.types import Completion as CompletionType
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -210,3 +212,18 @@ def test_djl_chat_error_in_mid_stream_has_its_code(form: type[OpenAIFormatter]) 
     line = formatter.error(StepError("x")).text.partition("\n")[0]
 
     assert json.loads(line.removeprefix("data: ")) == {"error": "x", "code": 424}
+
+
+@pytest.mark.parametrize("form", [ChatEvents, CompletionEvents])
+def test_official_client_raises_what_breaks_a_stream(form: type[OpenAIFormatter]) -> None:
+    formatter = form(ask())
+    body = formatter.push(HELLO[0]) + formatter.error(StepError("step 7 failed")).text
+    answer = httpx.Response(200, text=body, headers={"content-type": "text/event-stream"})
+    with OpenAI(
+        base_url="http://host", api_key="none", http_client=httpx.Client(transport=httpx.MockTransport(lambda _: answer))
+    ) as client:
+        stream = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)
+        next(stream)
+
+        with pytest.raises(APIError, match="step 7 failed"):
+            list(stream)

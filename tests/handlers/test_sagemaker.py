@@ -94,5 +94,6 @@ def test_error_of_the_container_is_a_model_error(stream: str) -> None:
     answer = post(f"/endpoints/e/invocations{stream}", refuse)
 
     assert (answer.status_code, answer.headers["x-amzn-errortype"], answer.headers["retry-after"]) == (424, "ModelError", "2")
+    assert answer.json()["Message"] == 'Received server error (503) from primary with message "büsy"'
     assert (answer.json()["OriginalStatusCode"], answer.json()["OriginalMessage"]) == (503, "büsy")
     assert answer.headers["content-length"] == str(len(answer.content))
