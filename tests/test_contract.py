@@ -103,6 +103,14 @@ def test_named_test_exists(test: str) -> None:
     assert name in claims_in(file)
 
 
+@pytest.mark.parametrize("section", ["7.1", "7.2", "8.1", "openai", "tgi"])
+def test_field_is_named_where_it_is_shown(section: str) -> None:
+    rows = [row for row in ROWS if row.section == section and not row.test.startswith(Path(__file__).name)]
+    texts = {row.test: (TESTS / row.test.partition("::")[0]).read_text(encoding="utf-8") for row in rows}
+
+    assert [row.name for row in rows if " " not in row.name and row.name not in texts[row.test]] == []
+
+
 def test_every_row_stands_in_one_of_these_ways() -> None:
     assert {row.how for row in ROWS} <= set(HOW)
 
@@ -218,6 +226,33 @@ def test_bug_is_a_500_that_tells_no_inside() -> None:
 
 def test_name_of_vllm_is_taken_too() -> None:
     assert request("", parameters={"min_tokens": 3}).params.min_tokens == 3
+
+
+SAMPLING = {
+    "temperature": 0.5, "top_p": 0.75, "frequency_penalty": 0.5, "presence_penalty": -0.5, "seed": 7, "stop": ("a",),
+    "max_tokens": 9, "logit_bias": {5: 1.0}, "ignore_eos": True, "top_k": 3, "typical_p": 0.5, "min_p": 0.5, "repetition_penalty": 1.5,
+    "min_tokens": 2, "stop_token_ids": (5,), "skip_special_tokens": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "DJL's chat"])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_word_of_sampling_reaches_the_engine(route: str, name: str) -> None:
+    given = {**(BODIES["/v1/chat/completions"] if route == "DJL's chat" else {}), name: SAMPLING[name]}
+
+    found = request("" if route == "DJL's chat" else route, **given)
+
+    assert getattr(found.params, name) == SAMPLING[name]
+
+
+def test_alternatives_of_tgi_are_asked_for() -> None:
+    assert request("/generate", parameters={"details": True, "top_n_tokens": 2}).params.logprobs == 2
+
+
+@pytest.mark.parametrize("name", options.UNBUILT_FORMATTERS)
+def test_unbuilt_formatter_is_refused_by_name(name: str) -> None:
+    with pytest.raises(lmi_dist.RequestError, match=f'parameters.output_formatter="{name}" is known but not built yet'):
+        request("", parameters={"output_formatter": name})
 
 
 def test_prompt_of_openai_is_cut_and_salted() -> None:
