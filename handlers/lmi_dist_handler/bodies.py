@@ -5,12 +5,14 @@ import io
 import json
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from lmi_dist import RequestError
 from lmi_dist_handler.fields import parse_object
+from lmi_dist_handler.wire import PairList
 
 JSON_TYPES = ("application/json", "application/x-ndjson", "application/octet-stream", "")
+FORM = "application/x-www-form-urlencoded"
 FORM_JSON = ("parameters", "stream")  # fields of a form whose text is JSON
 MAX_CELL = 1 << 24  # characters; csv's own limit is too small for a long prompt
 
@@ -62,6 +64,11 @@ def _form(text: str) -> dict[str, Any]:
     return {**fields, **{name: _json(name, fields[name]) for name in FORM_JSON if name in fields}}
 
 
+def form_of(content: PairList) -> bytes:
+    """The body of a form whose fields came one by one."""
+    return urlencode([(content.key_at(place) or "", content.value_at(place)) for place in range(content.size())]).encode()
+
+
 def _json(name: str, text: str) -> object:
     try:
         return json.loads(text)
@@ -72,5 +79,5 @@ def _json(name: str, text: str) -> object:
 TEXT_TYPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "text/plain": _plain,
     "text/csv": _table,
-    "application/x-www-form-urlencoded": _form,
+    FORM: _form,
 }

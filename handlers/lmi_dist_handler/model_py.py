@@ -34,8 +34,9 @@ NONE = Functions()
 
 def given(properties: Mapping[str, Any]) -> Functions:
     """What DJL has found in model.py and handed over among the init properties."""
-    found = {name: properties.get(name) for name in ("input_formatter", "output_formatter")}
-    return Functions(**{name: function for name, function in found.items() if callable(function)})
+    named = {name: properties.get(name) for name in ("input_formatter", "output_formatter")}
+    found = {name: function for name, function in named.items() if callable(function)}
+    return Functions(**found) if found else NONE
 
 
 def load(folder: Path, is_allowed: bool | None) -> Functions:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmi_dist import Request, RequestError, SamplingParams
 from lmi_dist_handler import custom, openai_requests, tgi_requests
-from lmi_dist_handler.bodies import read_body
+from lmi_dist_handler.bodies import FORM, form_of, read_body
 from lmi_dist_handler.fields import Fields
 from lmi_dist_handler.formatter import Formatter, dialect_of_route
 from lmi_dist_handler.model_py import NONE, Functions
@@ -44,11 +44,13 @@ class Parsed:
 
 def parse_input(inputs: Input, engine: "EngineView", handler: "HandlerConfig", own: Functions = NONE) -> Parsed:
     """Engine requests of a host's request, read and answered by the model's own functions where it has them."""
-    properties = inputs.get_properties()
+    body, properties = inputs.get_as_bytes() or b"", inputs.get_properties()
+    if inputs.contains_key("inputs") and not inputs.contains_key("data"):  # DJL's host takes forms apart (contract 6.3)
+        body, properties = form_of(inputs.get_content()), {**properties, "content-type": FORM}
     if own is NONE or dialect_of_route(_headers(properties).get("lmi_route", "")) != "lmi":
-        return parse(inputs.get_as_bytes() or b"", properties, engine, handler)
+        return parse(body, properties, engine, handler)
     if own.input_formatter is None:
-        return parse(inputs.get_as_bytes() or b"", properties, engine, handler, own)
+        return parse(body, properties, engine, handler, own)
     asked = custom.read(own.input_formatter, inputs, engine.tokenizer, handler.model_dump(mode="json"))
     fields = Fields(custom.body_of(asked))
     _refuse_adapters(fields, _headers(properties))
@@ -56,6 +58,7 @@ def parse_input(inputs: Input, engine: "EngineView", handler: "HandlerConfig", o
 
 
 def _headers(properties: Mapping[str, str]) -> dict[str, str]:
+    """By their names in lower case; of two that differ in case only, the later."""
     return {name.lower(): value for name, value in properties.items()}
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from lmi_dist_handler.bodies import read_body
+from lmi_dist_handler.bodies import form_of, read_body
+from lmi_dist_handler.wire import PairList
 
 from lmi_dist import RequestError
 
@@ -63,3 +64,9 @@ def test_bad_body_is_told_what_is_wrong(kind: str, body: bytes, message: str) ->
 def test_other_schemas_read_json_only(kind: str) -> None:
     with pytest.raises(RequestError, match=r"is not for text generation; send application/json$"):
         read_body(b"inputs\na", kind, is_lmi=False)
+
+
+def test_fields_that_djl_took_apart_are_the_form_again() -> None:
+    pairs = PairList([("inputs", "a & é=1".encode()), ("parameters", b'{"seed": 1}')])
+
+    assert read_body(form_of(pairs), FORM, is_lmi=True) == {"inputs": "a & é=1", "parameters": {"seed": 1}}

@@ -143,6 +143,15 @@ def test_writer_gets_the_readers_own_object() -> None:
     assert found.formatter.push(said(found.requests[0].id, HE, done="length")) == "kept"
 
 
+def test_form_of_djl_is_read_field_by_field() -> None:
+    content = PairList([("inputs", b"hello"), ("parameters", b'{"max_new_tokens": 3}')])
+    config = HandlerConfig(engine=EngineConfig(model="m"), model_name="m")
+
+    (request,) = parse_input(Input({"Content-Type": "multipart/form-data; boundary=x"}, content), ENGINE, config).requests
+
+    assert (request.prompt, request.params.max_tokens) == ("hello", 3)
+
+
 def test_other_routes_are_read_as_always() -> None:
     (request,) = parsed({"inputs": "hi"}, Functions(reader()), "/generate").requests
 

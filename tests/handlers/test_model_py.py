@@ -106,6 +106,7 @@ def test_file_that_is_no_use_is_told(tmp_path: Path, text: str | None, message: 
 
 def test_functions_of_djl_come_with_the_properties() -> None:
     assert given({"output_formatter": print, "input_formatter": "json", "model_id": "m"}) == Functions(output_formatter=print)
+    assert given({"output_formatter": "json"}) is NONE
 
 
 @pytest.mark.parametrize(
