@@ -6,8 +6,10 @@ The body decides what is asked for; the path decides the dialect of errors. Bodi
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator
+from urllib.parse import unquote_plus
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,6 +34,7 @@ from lmi_dist_handler.wire import PairList
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
 BODY_BYTES_PER_S = 16 * 1024  # a body that comes slower than this ends with read_timeout
 LINGER_S = 2.0  # a client that sends too much is heard out this long, so that it reads the answer
+FORM = "application/x-www-form-urlencoded"
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 PING_STATUS: dict[Health, str] = {
     "loading": "PENDING", "serving": "Healthy", "degraded": "Unhealthy", "restarting": "Unhealthy", "draining": "Unhealthy",
@@ -179,8 +182,10 @@ class Api:
         properties = _properties(request)
         name = request.path_params.get("model") or request.query_params.get("model_name") or properties.get("model_name")
         version = request.path_params.get("version") or request.query_params.get("model_version") or properties.get("model_version")
-        model = self._models.find(name, version)
-        return await self._answer(request, model, properties, await self._body(request))
+        is_form = properties.get("content-type", "").startswith(FORM)
+        body = await self._body(request) if is_form and name is None else None  # it may name the model
+        model = self._models.find(name if body is None else _form_model_name(body), version)
+        return await self._answer(request, model, properties, await self._body(request) if body is None else body)
 
     async def openai(self, request: Request) -> Response:
         """OpenAI's routes: the body names the model."""
@@ -265,6 +270,12 @@ def _properties(request: Request) -> dict[str, str]:
     path = request.scope["path"]
     route = "" if dialect_of_route(path) == "lmi" else path
     return {**properties, "requestId": request.scope["state"]["request_id"], "lmi_route": route}
+
+
+def _form_model_name(body: bytes) -> str | None:
+    """The field `model_name` of a form."""
+    found = re.search(rb"(?:^|&)model_name=([^&]+)", body)
+    return unquote_plus(found[1].decode("latin-1")) if found else None
 
 
 def _model_name(body: bytes) -> str | None:

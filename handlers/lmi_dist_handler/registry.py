@@ -50,6 +50,7 @@ class Registry:
         self._served = {(model.name, model.version): model for model in served}
         self._build = build
         self._leaving: set[Host] = set()
+        self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def all(self) -> list[Served]:
@@ -86,6 +87,8 @@ class Registry:
     async def register(self, parameters: Mapping[str, str], *, wait: bool) -> Served:
         """Begin to load a model; with `wait` until it is ready. One that fails then is gone again, and nothing else has changed.
         Raises ConfigError, HttpError 409 for a name that is taken, LoadError."""
+        if self._is_stopping:
+            raise HttpError(503, "the server is being stopped")
         model = self._build(parameters)
         key = (model.name, model.version)
         if key in self._served and self._served[key].host.state != "failed":
@@ -113,7 +116,8 @@ class Registry:
         logger.info("model %s was unregistered", name)
 
     async def stop(self, drain_s: float) -> None:
-        """End all models, also those that are just leaving."""
+        """End all models, also those that are just leaving. No new one is taken."""
+        self._is_stopping = True
         hosts = {model.host for model in self.all()} | self._leaving
         await asyncio.gather(*(host.stop(drain_s) for host in hosts))
 

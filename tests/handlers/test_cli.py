@@ -1,6 +1,7 @@
 """handlers/lmi_dist_handler/{cli,server}.py: what the command line prints and how it ends. Serving: test_serve.py."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def test_explain_tells_options_memory_and_kernels(checkpoint: Path, capsys: pyte
     assert ["option.max_rolling_batch_size", "256", "default"] in rows
     assert "KV pool" in out
     assert "kernels" in out
+
+
+def test_explained_models_share_the_memory(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = f"option.model_id={checkpoint}\noption.kv_cache_memory_bytes=500000000\n"
+        (tmp_path / name / "serving.properties").write_text(lines)
+
+    assert cli.main(["explain", "-o", f"model_store={tmp_path}"]) == 0
+
+    first, second = (float(found) for found in re.findall(r"available memory ([\d.]+) GB", capsys.readouterr().out))
+    assert 0.5 < first - second < 1.0
 
 
 def test_explain_reads_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,18 @@ def test_model_is_found_by_every_route(path: str) -> None:
     assert call(FakeHost(), "POST", path, json={}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("body", "code"), [(b"inputs=x&model_name=te%73t", 200), (b"model_name=other&inputs=x", 404), (b"inputs=x", 200)]
+)
+def test_form_may_name_its_model(body: bytes, code: int) -> None:
+    host = FakeHost()
+
+    answer = call(host, "POST", "/invocations", content=body, headers={"content-type": "application/x-www-form-urlencoded"})
+
+    assert answer.status_code == code
+    assert code != 200 or host.asked[1].pairs == [("data", body)]
+
+
 def test_one_of_several_models_must_be_named() -> None:
     async def main() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app(FakeHost("a"), FakeHost("b")))

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 from lmi_dist_handler import registry
+from lmi_dist_handler.front import HttpError
 from lmi_dist_handler.host import Host
 from lmi_dist_handler.http import Api
 from lmi_dist_handler.metrics import Metrics
@@ -222,6 +223,16 @@ def test_model_can_leave_while_it_loads(store: Path) -> None:
         assert await states(client) == {}
 
     serving(store, check, start="")
+
+
+def test_server_that_stops_takes_no_model() -> None:
+    async def main() -> None:
+        models = registry.of_settings(load(None, {"SERVING_LOAD_MODELS": "NONE"}))
+        await models.stop(0)
+        with pytest.raises(HttpError, match="the server is being stopped"):
+            await models.register({"url": "two"}, wait=True)
+
+    asyncio.run(main())
 
 
 def test_versions_of_a_model_stand_side_by_side(store: Path) -> None:

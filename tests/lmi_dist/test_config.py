@@ -67,6 +67,13 @@ def test_operators_name_stands_in_the_message() -> None:
         EngineConfig.of({"model": "m", "max_batch_size": 0}, {"max_batch_size": "option.max_rolling_batch_size"})
 
 
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="prefill_chunk_tokens=64 contradicts enable_chunked_prefill=false; leave one of them out"
+    ):
+        EngineConfig.of({"model": "m", "enable_chunked_prefill": False, "prefill_chunk_tokens": 64})
+
+
 def test_unknown_setting_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_batch_sise"):
         EngineConfig.of({"model": "m", "max_batch_sise": 3})

@@ -92,6 +92,16 @@ def test_given_pool_too_large_is_refused(folder: Path) -> None:
         plan(folder, 100 * MEGA, kv_cache_memory_bytes=200 * MEGA)
 
 
+def test_reserved_memory_is_left_alone(folder: Path) -> None:
+    reserved = plan(folder, 3 << 30, reserved_memory_mb=1024)
+
+    assert reserved.num_blocks == plan(folder, 2 << 30).num_blocks
+    assert reserved.left_bytes == (2 << 30) - reserved.planned_bytes
+    assert "beside 1024 MiB reserved" in reserved.arithmetic[0]
+    with pytest.raises(MemoryPlanError, match="does not fit the memory"):
+        plan(folder, 1 << 30, reserved_memory_mb=2048)
+
+
 def test_shorter_model_len_needs_less(folder: Path) -> None:
     assert plan(folder, 1000 * MEGA, max_model_len=33).num_blocks == 4 * 3
 
