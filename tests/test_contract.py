@@ -230,8 +230,8 @@ def test_name_of_vllm_is_taken_too() -> None:
 
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.75, "frequency_penalty": 0.5, "presence_penalty": -0.5, "seed": 7, "stop": ("a",),
-    "max_tokens": 9, "logit_bias": {5: 1.0}, "ignore_eos": True, "top_k": 3, "typical_p": 0.5, "min_p": 0.5, "repetition_penalty": 1.5,
-    "min_tokens": 2, "stop_token_ids": (5,), "skip_special_tokens": False,
+    "max_tokens": 9, "logit_bias": {5: 1.0}, "ignore_eos": True, "top_k": 3, "typical_p": 0.5, "min_p": 0.5, "min_tokens": 2,
+    "repetition_penalty": 1.5, "stop_token_ids": (5,), "skip_special_tokens": False,
 }  # fmt: skip
 
 
