@@ -52,7 +52,7 @@ HANDLER_LEVELS = (
     ("custom", "host", "load_models", "settings", "settle", "tgi_responses", "worker"),
     ("metrics", "page", "registration", "server_words", "tgi_requests"),
     ("front", "properties"),
-    ("connection", "openai_requests", "registry"),
+    ("connection", "openai_requests", "registry", "streamed"),
     ("requests",),
     ("openapi", "streaming"),
     ("management",),

@@ -4,7 +4,6 @@ The body decides what is asked for; the path decides the dialect of errors. Bodi
 """
 
 import asyncio
-import contextlib
 import json
 import re
 import time
@@ -16,24 +15,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from lmi_dist import LmiError
 from lmi_dist_handler import openapi, page
 from lmi_dist_handler.formatter import TGI_ROUTES, dialect_of_route
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
-from lmi_dist_handler.group import Piece, Stream, WorkerLostError
+from lmi_dist_handler.group import Stream
 from lmi_dist_handler.host import Health
 from lmi_dist_handler.management import Management
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.registry import Registry, Served
 from lmi_dist_handler.sagemaker import Runtime
 from lmi_dist_handler.settings import ServerSettings
+from lmi_dist_handler.streamed import Streamed
 from lmi_dist_handler.wire import PairList
 
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
 BODY_BYTES_PER_S = 16 * 1024  # a body that comes slower than this ends with read_timeout
-LINGER_S = 2.0  # a client that sends too much is heard out this long, so that it reads the answer
 FORM = "application/x-www-form-urlencoded"
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 PING_STATUS: dict[Health, str] = {
@@ -44,53 +43,6 @@ PING_STATUS: dict[Health, str] = {
 
 PLACEHOLDERS = ("dummy", "tgi")  # what Hugging Face's clients write where a URL stands for the model
 PRIVATE = ("request_tracking_id", "abort_tracking_id", "lmi_route", "requestid")  # properties that no client may set
-
-
-class Streamed(Response):
-    """An answer in pieces, whose status and headers are those of the first. A client that leaves ends it."""
-
-    def __init__(self, first: Piece, stream: Stream, watcher: "asyncio.Task[None]", metrics: Metrics, *, timeout_s: float) -> None:
-        super().__init__(None, first.code or 200, dict(first.headers))
-        del self.headers["content-length"]  # so that the server sends chunks
-        self._piece = first
-        self._stream = stream
-        self._watcher = watcher
-        self._metrics = metrics
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while not self._piece.is_last:
-                await self._send(send, self._piece.text)
-                self._piece = await self._next()
-            await self._send(send, self._piece.text or self._failure(self._piece), is_last=True)
-        except ClientGoneError:
-            self._metrics.client_gone()
-        finally:
-            self._watcher.cancel()
-            self._stream.close()
-
-    async def _send(self, send: Send, text: str, is_last: bool = False) -> None:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": not is_last})
-
-    async def _next(self) -> Piece:
-        """The next piece. A worker that is lost or silent gives an error: the status has been sent already."""
-        silent = WorkerLostError(f"no more text came within chunked_read_timeout={self._timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, self._stream.interrupt, silent)
-        try:
-            return await self._stream.piece()
-        except WorkerLostError as error:
-            return Piece("", True, error.code, str(error))
-        finally:
-            timer.cancel()
-
-    def _failure(self, piece: Piece) -> str:
-        """An error that nobody has put into the stream's form yet."""
-        if piece.code is None:
-            return ""
-        line = json.dumps({"error": piece.error, "code": piece.code}, ensure_ascii=False)
-        return f"data: {line}\n\n" if "event-stream" in self.headers.get("content-type", "") else f"{line}\n"
 
 
 class Api:
@@ -225,8 +177,6 @@ class Api:
                 pieces.append(chunk)
             else:
                 return b"".join(pieces)
-        if request.headers.get("expect", "").lower() != "100-continue":  # else the client has not begun to send
-            await _linger(chunks)
         raise HttpError(413, f"the body has more than max_request_size={limit} bytes; set SERVING_MAX_REQUEST_SIZE to allow more")
 
     def _find_openai(self, name: str | None) -> Served:
@@ -314,14 +264,3 @@ async def _in_time(chunks: AsyncIterator[bytes], timeout_s: float) -> AsyncItera
             ) from None
         size += len(chunk)
         yield chunk
-
-
-async def _linger(chunks: AsyncIterator[bytes]) -> None:
-    """Read and forget what a client is still sending, for a while: one that is cut off never sees the answer."""
-
-    async def forget() -> None:
-        async for _ in chunks:
-            pass
-
-    with contextlib.suppress(TimeoutError, asyncio.TimeoutError, ClientDisconnect):
-        await asyncio.wait_for(forget(), LINGER_S)

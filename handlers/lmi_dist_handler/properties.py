@@ -17,16 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from lmi_dist import ConfigError, EngineConfig
 from lmi_dist_handler.load_models import Entry, absolute, canonical_engine, check_own_checkpoint, entries, folder_as_model
-from lmi_dist_handler.options import (
-    FORMATTERS,
-    OPTIONS,
-    SERVER_FIELDS,
-    UNBUILT_FORMATTERS,
-    WORKER_PROPERTIES,
-)
+from lmi_dist_handler.options import FORMATTERS, OPTIONS, SECRETS, SERVER_FIELDS, UNBUILT_FORMATTERS, WORKER_PROPERTIES
 from lmi_dist_handler.registration import registration, store_of
 from lmi_dist_handler.server_words import server_words
-from lmi_dist_handler.settings import HandlerConfig, ModelSettings, ServerSettings, WorkerConfig
+from lmi_dist_handler.settings import MASK, HandlerConfig, ModelSettings, ServerSettings, WorkerConfig
 from lmi_dist_handler.settle import not_built, resolve_degree, settle
 from lmi_dist_handler.words import Word, argument_words, environment_words, file_words, option_words
 
@@ -190,8 +184,9 @@ def _validated(model: type[Model], words: Mapping[str, Word], others: Mapping[st
         return model.model_validate({**_values(words), **others})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        word = words[str(first["loc"][0])]
-        raise ConfigError(f"{word}={word.value!r} is refused: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        name = str(first["loc"][0])
+        value = MASK if name in SECRETS else repr(words[name].value)
+        raise ConfigError(f"{words[name]}={value} is refused: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
 def _values(words: Mapping[str, Word]) -> dict[str, object]:

@@ -73,9 +73,9 @@ def parse_env(value: object) -> object:
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
-    bad = [name for name, separator, _ in pairs if not separator or not name.strip()]
-    if bad:
-        raise ValueError(f"{bad[0].strip()!r} must look like NAME=value")
+    for i, (name, separator, _) in enumerate(pairs):
+        if not separator or not name.strip():
+            raise ValueError(f"pair {i + 1} of {len(pairs)} must look like NAME=value")  # not shown: it may be a secret's other half
     return {name.strip(): text.strip() for name, _, text in pairs}
 
 
@@ -130,4 +130,4 @@ def file_words(path: Path) -> dict[str, Word]:
 
 def _warn_of_two(first: Word | None, value: str) -> None:
     if first and first.value != value.strip():
-        logger.warning("%s=%r is set again further down, which counts", first, first.value)
+        logger.warning("%s is set again further down, which counts", first)

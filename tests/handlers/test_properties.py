@@ -212,7 +212,7 @@ def test_words_that_cannot_stand_are_refused(tmp_path: Path, lines: str, message
 
 
 def test_bad_variables_of_a_model_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"option.env='A=1,B' is refused: .*'B' must look like NAME=value"):
+    with pytest.raises(ConfigError, match=r"option.env=\*\*\* is refused: .*pair 2 of 2 must look like NAME=value"):
         load(write(tmp_path, "option.env=A=1,B\noption.model_id=m\n"), {"SERVING_ALLOW_ENV": "true"})
 
 
@@ -220,7 +220,7 @@ def test_line_set_again_further_down_counts_with_a_warning(tmp_path: Path, caplo
     model = one(load(write(tmp_path, "option.dtype=bf16\noption.dtype=fp16\noption.model_id=m\n"), {}))
 
     assert model.engine_config().dtype == "fp16"
-    assert caplog.messages == ["serving.properties:1: option.dtype='bf16' is set again further down, which counts"]
+    assert caplog.messages == ["serving.properties:1: option.dtype is set again further down, which counts"]
 
 
 def test_models_variables_do_not_go_to_the_handler(tmp_path: Path) -> None:
