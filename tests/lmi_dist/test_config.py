@@ -68,9 +68,7 @@ def test_operators_name_stands_in_the_message() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="prefill_chunk_tokens=64 contradicts enable_chunked_prefill=false"
-    ):
+    with pytest.raises(ConfigError, match="prefill_chunk_tokens=64 contradicts enable_chunked_prefill=false"):
         EngineConfig.of({"model": "m", "enable_chunked_prefill": False, "prefill_chunk_tokens": 64})
 
 
