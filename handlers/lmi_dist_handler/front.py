@@ -1,5 +1,7 @@
 """What every answer has in common, whatever its route: headers, key, access log, counts, and errors in the route's dialect."""
 
+import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -26,8 +28,10 @@ NO_CACHE = {
 }
 ROUTES = (
     "/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
-    "/generate", "/generate_stream", "/endpoints",
+    "/generate", "/generate_stream", "/endpoints", "/status.json", "/openapi.json",
 )  # fmt: skip
+LINGER_S = 2.0  # a client that is refused is heard out this long: one that is cut off while it sends never sees the answer
+UNHEARD = (408, 499)  # it is slow, or gone
 QUIET = ("/ping", "/status.json")  # asked every few seconds, for ever
 MAX_HEADER_BYTES = 64 * 1024  # of the path, the query and all headers
 LONG_HEADERS = f"the request line and headers must be at most {MAX_HEADER_BYTES} bytes; shorten them"
@@ -94,6 +98,7 @@ class _Exchange:
         self._metrics = metrics
         self._code = 500
         self._num_bytes = 0
+        self._has_body = True  # some of it may still come
         headers = Headers(scope=scope)
         given = headers.get("x-request-id") or headers.get("x-amzn-sagemaker-inference-id", "")
         self._id = given if SAFE_ID.fullmatch(given) else str(uuid.uuid4())
@@ -102,7 +107,8 @@ class _Exchange:
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         started = time.perf_counter()
         try:
-            await app(self._scope, receive, self.send)
+            self._receive = receive
+            await app(self._scope, self.receive, self.send)
         finally:
             seconds = time.perf_counter() - started
             self._metrics.answered(_label(self._scope["path"]), self._code, seconds)
@@ -117,9 +123,27 @@ class _Exchange:
         }  # fmt: skip
         logger.log(level, '%s "%s %s" %d %d bytes %.3f s %s', *fields.values(), extra={"fields": fields})
 
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._has_body = bool(message.get("more_body", False))
+        return message
+
+    async def _hear_out(self) -> None:
+        """Read and forget what the client is still sending, for a while."""
+
+        async def forget() -> None:
+            while self._has_body:
+                await self.receive()
+
+        if Headers(scope=self._scope).get("expect", "").lower() != "100-continue":  # else it has not begun to send
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(forget(), LINGER_S)
+
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._code = message["status"]
+            if self._code >= 400 and self._code not in UNHEARD:
+                await self._hear_out()
             headers = MutableHeaders(scope=message)
             headers.update({**NO_CACHE, "x-request-id": self._id, "connection": "close" if self._code >= 400 else "keep-alive"})
             if self._code in (429, 503):
