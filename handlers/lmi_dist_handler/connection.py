@@ -4,7 +4,10 @@ What uvicorn leaves open: headers that never end, a client that never reads, and
 """
 
 import asyncio
+import fcntl
+import struct
 import sys
+import termios
 from collections.abc import Callable
 from typing import Any
 
@@ -75,18 +78,23 @@ class Connection(H11Protocol):
         self._refuse(408, f"the request's headers must come within read_timeout={self._read_timeout_s:g} s")
 
     def _mind_unread(self) -> None:
-        size = self.transport.get_write_buffer_size()
-        if self._unread_timer is None and size:
-            self._unread_timer = self.loop.call_later(self._write_timeout_s, self._on_unread, size)
+        if self._unread_timer is None and self.transport.get_write_buffer_size():
+            self._unread_timer = self.loop.call_later(self._write_timeout_s, self._on_unread, self._num_unread())
 
     def _on_unread(self, size_before: int) -> None:
         """A client that has taken nothing of what waits for it is cut off, which also aborts its request."""
         self._unread_timer = None
-        if self.transport.get_write_buffer_size() < size_before:
+        if self._num_unread() < size_before:
             self._mind_unread()
             return
         logger.warning("%s has read nothing for write_timeout=%g s; its connection is cut", self._client(), self._write_timeout_s)
         self.transport.abort()
+
+    def _num_unread(self) -> int:
+        """Bytes that wait for the client: ours, and the kernel's, which takes from ours in large portions."""
+        connection = self.transport.get_extra_info("socket")
+        of_kernel = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return self.transport.get_write_buffer_size() + int(of_kernel)
 
     def _refuse(self, code: int, message: str) -> None:
         """Answer what never became a request, or whose body broke off, and close."""

@@ -1,0 +1,98 @@
+"""handlers/lmi_dist_handler/connection.py: time limits of a real socket, with an application made for the test behind uvicorn.
+
+What clients are told is in tests/end_to_end/test_bad_input.py."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+from lmi_dist_handler.connection import connections
+from lmi_dist_handler.metrics import Metrics
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+PIECE = b"x" * 65536
+
+
+class Endless:
+    """Answers without end, until its client has gone."""
+
+    def __init__(self, num_pieces: int | None = None) -> None:
+        self.num_sent = 0
+        self.ended = asyncio.Event()
+        self._num_pieces = num_pieces
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        gone = asyncio.create_task(self._watch(receive))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done() and self.num_sent != self._num_pieces:
+            self.num_sent += 1
+            await send({"type": "http.response.body", "body": PIECE, "more_body": self.num_sent != self._num_pieces})
+            await asyncio.sleep(0)
+        gone.cancel()
+        self.ended.set()
+
+    async def _watch(self, receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def serve(app: Endless, talk: Callable[[socket.socket, uvicorn.Server], Awaitable[None]]) -> None:
+    """The application on a socket, and a client with a small buffer that has sent one request."""
+
+    async def main() -> None:
+        protocol: Any = connections(Metrics(), read_timeout_s=0.2, write_timeout_s=0.2)
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.001)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, listener.getsockname())
+            await asyncio.get_running_loop().sock_sendall(client, REQUEST)
+            await asyncio.wait_for(talk(client, server), 20)
+        server.should_exit = True
+        await serving
+
+    asyncio.run(main())
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    while not is_true():
+        await asyncio.sleep(0.01)
+
+
+def test_client_that_never_reads_is_cut_off() -> None:
+    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
+        await app.ended.wait()
+        await until(lambda: not server.server_state.connections)
+
+    app = Endless()
+    serve(app, talk)
+
+
+def test_unread_rest_of_an_answer_is_not_kept_for_ever() -> None:
+    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
+        await app.ended.wait()
+        await until(lambda: not server.server_state.connections)
+
+    app = Endless(100)  # more than the kernel's buffers take
+    serve(app, talk)
+
+
+def test_slow_reader_is_left_alone() -> None:
+    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
+        loop, size = asyncio.get_running_loop(), 0
+        for _ in range(30):  # for longer than the limit
+            size += len(await loop.sock_recv(client, 65536))
+            await asyncio.sleep(0.02)
+        while size < 100 * len(PIECE) and (data := await loop.sock_recv(client, 1 << 20)):
+            size += len(data)
+        assert size >= 100 * len(PIECE)
+
+    app = Endless(100)
+    serve(app, talk)
+    assert app.ended.is_set()
