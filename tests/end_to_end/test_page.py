@@ -173,8 +173,8 @@ def test_page_fits_and_is_readable(server: Server, tmp_path: Path, width: int, d
 
 
 def test_model_that_cannot_be_loaded_tells_why(checkpoint: Path) -> None:
-    server = Server(OPTION_MODEL_ID=str(checkpoint), OPTION_KV_CACHE_MEMORY_BYTES="100")
     with Chromium() as browser:
+        server = Server(OPTION_MODEL_ID=str(checkpoint), OPTION_KV_CACHE_MEMORY_BYTES="100")  # ends by itself
         browser.open(f"{server.url}/")
 
         browser.until("document.querySelector('#state').innerText === 'loading'")
