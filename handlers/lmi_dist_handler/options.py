@@ -183,7 +183,7 @@ SERVER_UNBUILT = {
 }  # fmt: skip
 
 SERVER_IGNORED = frozenset((
-    "cluster_address", "wait_model_loading", "allow_multi_status", "max_batch_delay", "max_idle_time", "reserved_memory_mb",
+    "cluster_address", "wait_model_loading", "allow_multi_status", "max_batch_delay", "max_idle_time",
     "number_of_netty_threads", "plugin_folder", "features", "rolling_batch_buffer", "prometheus", "download_dir",
     "retry_threshold", "fail_fast", "health_check_override",
 ))  # fmt: skip

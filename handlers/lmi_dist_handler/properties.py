@@ -19,7 +19,7 @@ from lmi_dist import ConfigError, EngineConfig
 from lmi_dist_handler.load_models import Entry, absolute, canonical_engine, check_own_checkpoint, entries, folder_as_model
 from lmi_dist_handler.options import FORMATTERS, OPTIONS, SECRETS, SERVER_FIELDS, UNBUILT_FORMATTERS, WORKER_PROPERTIES
 from lmi_dist_handler.registration import registration, store_of
-from lmi_dist_handler.server_words import server_words
+from lmi_dist_handler.server_words import FOR_MODELS, server_words
 from lmi_dist_handler.settings import MASK, HandlerConfig, ModelSettings, ServerSettings, WorkerConfig
 from lmi_dist_handler.settle import not_built, resolve_degree, settle
 from lmi_dist_handler.words import Word, argument_words, environment_words, file_words, option_words
@@ -53,8 +53,8 @@ def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, argume
     server = server_words(words, arguments)
     found = entries(model_dir, words, server)
     settings = _server_settings(server)
-    queue = {key: word for key, word in server.items() if key == "job_queue_size"}
-    shared = {**queue, **option_words(words), **argument_words(arguments)}
+    of_server = {key: word for key, word in server.items() if key in FOR_MODELS}
+    shared = {**of_server, **option_words(words), **argument_words(arguments)}
     models = tuple(_model(entry, shared, environ, settings, {}, is_alone=len(found) == 1) for entry in found)
     names = [f"{model.name}:{model.version}".rstrip(":") for model in models]
     if len(set(names)) < len(names):

@@ -13,7 +13,8 @@ from lmi_dist_handler.words import Word, file_words
 
 logger = logging.getLogger(__name__)
 
-SERVER_KEYS = {*SERVER_FIELDS, "inference_address", "load_models", "model_store"}
+FOR_MODELS = ("job_queue_size", "reserved_memory_mb")  # of every model that says nothing else
+SERVER_KEYS = {*SERVER_FIELDS, *FOR_MODELS, "inference_address", "load_models"}
 KNOWN_SERVER_KEYS = SERVER_KEYS | set(SERVER_UNBUILT) | SERVER_IGNORED
 
 

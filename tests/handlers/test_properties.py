@@ -403,6 +403,16 @@ def test_bad_port_is_refused_by_name(value: str) -> None:
         load(None, {"OPTION_MODEL_ID": "m", "SERVING_PORT": value})
 
 
+def test_server_says_what_models_leave_free(tmp_path: Path) -> None:
+    folder = write(tmp_path, "option.model_id=m\nreserved_memory_mb=7\n")
+    environ = {"SERVING_LOAD_MODELS": f"{folder},b=s3://b/m", "SERVING_RESERVED_MEMORY_MB": "500"}
+
+    models = load(None, environ).models
+
+    assert [model.engine_config().reserved_memory_mb for model in models] == [7, 500]
+    assert models[1].origin["reserved_memory_mb"] == "SERVING_RESERVED_MEMORY_MB"
+
+
 def test_each_model_has_its_own_options(tmp_path: Path) -> None:
     for name, seconds in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
