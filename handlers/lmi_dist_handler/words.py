@@ -75,7 +75,8 @@ def parse_env(value: object) -> object:
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
     for i, (name, separator, _) in enumerate(pairs):
         if not separator or not name.strip():
-            raise ValueError(f"pair {i + 1} of {len(pairs)} must look like NAME=value")  # not shown: it may be a secret's other half
+            # not shown: it may be a secret's other half
+            raise ValueError(f"pair {i + 1} of {len(pairs)} must look like NAME=value")
     return {name.strip(): text.strip() for name, _, text in pairs}
 
 
