@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmi_dist_handler import host as host_module
 from lmi_dist_handler.group import Group, Piece, Stream, WorkerLostError
 from lmi_dist_handler.host import Host, Limits, NotReadyError
 from lmi_dist_handler.wire import PairList
@@ -24,6 +25,8 @@ from lmi_dist_handler.wire import Output
 
 aborted = []
 busy_s = 0.0
+num_failed = 0
+is_silent = False
 
 async def handle(inputs):
     if inputs.is_empty():
@@ -51,8 +54,12 @@ def frame(data, last, **more):
     return output.add(Output.binary_encode({"data": data, "last": last, **more}))
 
 async def answer(inputs):
-    global busy_s
+    global busy_s, num_failed, is_silent
     body = inputs.get_as_string()
+    if body in ("failing", "working"):
+        num_failed = num_failed + 1 if body == "failing" else 0
+    if body == "silent":
+        is_silent = True
     if body == "error":
         yield frame("told", True, code=418, error="a teapot")
         return
@@ -80,8 +87,10 @@ def abort(inputs):
     aborted.append(inputs.get_property("abort_tracking_id"))
     return Output()
 
-def stats(inputs):
-    return Output().add({"busy_s": busy_s, "aborted": len(aborted), "cwd": os.getcwd()})
+async def stats(inputs):
+    while is_silent:
+        await asyncio.sleep(0.01)
+    return Output().add({"busy_s": busy_s, "num_failed_in_a_row": num_failed, "aborted": len(aborted), "cwd": os.getcwd()})
 
 def drain(inputs):
     return Output()
@@ -340,3 +349,36 @@ def test_worker_ends_with_its_host(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         assert [path.name for path in Path(short).glob("*/*")] == []
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "WATCH_INTERVAL_S", 0.02)
+    monkeypatch.setattr(host_module, "SILENT_S", 0.1)
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_failing_steps_are_degraded_until_one_works(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        assert host.health == ("loading", "")
+        await until(lambda: host.health == ("serving", ""))
+        await text(host, "failing")
+        await until(lambda: host.health[0] == "degraded")
+        assert host.health[1] == "the last 1 steps failed, and with them the requests in them"
+        await text(host, "working")
+        await until(lambda: host.health == ("serving", ""))
+
+    assert run(tmp_path, check).health == ("draining", "the server is being stopped")
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_silent_worker_is_degraded_then_replaced(tmp_path: Path) -> None:
+    async def check(host: Host) -> None:
+        await until(lambda: host.health[0] == "serving")
+        await text(host, "silent")
+        await until(lambda: host.health[0] == "degraded")
+        assert "the worker has not answered for" in host.health[1]
+        await until(lambda: host.health[0] == "restarting")
+        await until(lambda: host.health[0] == "serving")
+
+    run(tmp_path, check, step_timeout_s=0.5)
