@@ -191,7 +191,7 @@ def test_refusals_speak_the_routes_dialect(path: str, error: LmiError, code: int
         ("restarting", 503, "Unhealthy"),
         ("failed", 500, "FAILED"),
         ("stopped", 503, "Unhealthy"),
-    ],  # fmt: skip
+    ],
 )
 def test_ping_tells_the_truth(state: str, code: int, status: str) -> None:
     response = call(FakeHost(state=state, reason="" if state == "ready" else "why"), "GET", "/ping")

@@ -335,7 +335,7 @@ def test_bad_parameter_is_told_by_name(name: str, value: object, rule: str) -> N
 
 
 def test_best_of_below_n_is_refused() -> None:
-    with pytest.raises(RequestError, match="best_of=2 must be at least parameters.n=3"):
+    with pytest.raises(RequestError, match=r"best_of=2 must be at least parameters\.n=3"):
         params(best_of=2, n=3)
 
 
