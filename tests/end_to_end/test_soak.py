@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("soak") / "tiny"
     tiny_models.save(tiny_models.build("llama2-gqa", max_position_embeddings=1024), folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    server = Server(OPTION_MODEL_ID=str(folder), OPTION_KV_CACHE_MEMORY_BYTES=str(4 * MEGA), SERVING_READ_TIMEOUT="5")
+    server = Server(SERVING_LOAD_MODELS=f"tiny={folder}", OPTION_KV_CACHE_MEMORY_BYTES=str(4 * MEGA), SERVING_READ_TIMEOUT="5")
     try:
         server.wait_until_ready()
         yield server
@@ -248,7 +248,7 @@ BODIES = st.one_of(
     ),
     st.binary(max_size=200),
 )
-PATHS = ("/invocations", "/predictions/tiny", "/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions")
+PATHS = ("/invocations", "/models/tiny/invoke", "/generate", "/generate_stream", "/", "/v1/completions", "/v1/chat/completions")
 KINDS = (
     "application/json",
     "text/plain",
