@@ -23,8 +23,9 @@ run: $(STAMPS)/kernels
 	  exec $(BIN)/lmi-dist demo --cache .cache; \
 	fi
 
+# A process a CPU; the tests of a file stay together, for they share a server.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(PYTEST)
 
 test-page: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/python -m pytest -m page $(PYTEST)
