@@ -1,8 +1,8 @@
 """Which library, instruction levels and numbers of threads the kernel tests use.
 
 A test that takes `library` runs with that library chosen as the column: at the best level of this machine with 1 and 2 threads, and
-at each other level with 2, since how rows are shared does not depend on the level. The sanitizer test runs these same tests on another
-library: --library=PATH --levels=base,best --threads=2.
+at each other level with 2, since how rows are shared does not depend on the level. The sanitizer test runs these same tests on
+another library: --library=PATH --levels=base,best --threads=2.
 """
 
 from collections.abc import Iterator
