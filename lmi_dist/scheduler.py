@@ -39,6 +39,7 @@ class Sequence:
     num_scheduled: int = field(default=0, init=False)
     num_computed: int = field(default=0, init=False)
     num_published: int = field(default=0, init=False)  # blocks
+    num_passed: int = field(default=0, init=False)  # blocks before the window: given back, -1 in the table
     prefill_end: int = field(default=0, init=False)  # tokens that were known when it was admitted; beyond them it decodes
     num_prompt_rows: int = field(default=0, init=False)  # prompt tokens whose logits were delivered, if wanted
     chain: PrefixChain = field(init=False, repr=False)
@@ -98,6 +99,8 @@ class Scheduler:
     gains at least one token in each step, and everything that was added ends.
 
     Where prompt logits are wanted, a step has at most `max_prompt_rows`: prompts are cut there even without chunked prefill.
+
+    Where no layer looks further back than `window` keys (0: some do), blocks that fell out of it are given back.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Scheduler:
         prefix_caching: bool,
         chunked_prefill: bool = True,
         max_prompt_rows: int = MAX_PROMPT_ROWS,
+        window: int = 0,
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
@@ -118,6 +122,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.chunked_prefill = chunked_prefill
         self.max_prompt_rows = max_prompt_rows
+        self.window = window
         self.num_steps = 0  # committed
         self.preemptions = 0
         self.prefix_query_tokens = 0  # of admitted sequences that may use the prefix cache, and
@@ -223,6 +228,7 @@ class Scheduler:
         finished: list[Finished] = []
         for sequence, chunk in rows:
             self._record(sequence, chunk)
+            self._pass_blocks(sequence)
             if wants_token(chunk):
                 self._extend(sequence, tokens[sequence.id], finished)
         if finished:
@@ -384,6 +390,15 @@ class Scheduler:
                 self._pool.publish(sequence.table[index], sequence.chain.digest(index, sequence.token_ids))
                 sequence.num_published = index + 1
 
+    def _pass_blocks(self, sequence: Sequence) -> None:
+        """Give back the blocks that no later token looks at: the next one stands behind the computed ones and sees itself and
+        window - 1 of them."""
+        if self.window:
+            num_before, num_passed = sequence.num_passed, max(0, sequence.num_computed + 1 - self.window) // self._pool.block_size
+            self._pool.give_back(sequence.table[num_before:num_passed])
+            sequence.table = (-1,) * num_passed + sequence.table[num_passed:]
+            sequence.num_passed = num_passed
+
     def _extend(self, sequence: Sequence, new_ids: collections.abc.Sequence[int], finished: list[Finished]) -> None:
         for num_kept, token in enumerate(new_ids, start=1):
             sequence.token_ids.append(token)
@@ -410,9 +425,9 @@ class Scheduler:
         insort(self._waiting, sequence, key=_arrival)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
-        self._pool.give_back(sequence.table)
+        self._pool.give_back(sequence.table[sequence.num_passed :])
         sequence.table = ()
-        sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.prefill_end = 0
+        sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.num_passed = sequence.prefill_end = 0
 
 
 def _first_row(sequence: Sequence) -> int:

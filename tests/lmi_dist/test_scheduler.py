@@ -770,6 +770,35 @@ def test_reset_forgets_everything() -> None:
     assert cuts(scheduler.plan().chunks) == [(1, 0, 9)]
 
 
+# ---- sliding window ----
+
+
+def test_blocks_that_fell_out_of_the_window_are_given_back() -> None:
+    w = watched(window=6)
+    sequence = add(w, 1, list(range(14)), max_tokens=30)
+
+    step(w)
+    after_prompt = sequence.table
+    for _ in range(28):
+        step(w)
+
+    assert after_prompt[:2] == (-1, -1)  # the token at 14 sees 9 to 14: blocks 0 and 1 end before
+    assert sequence.table[:9] == (-1,) * 9
+    assert w.scheduler.pool.num_used == 2
+
+
+def test_passed_blocks_can_still_be_found() -> None:
+    w = watched(window=6)
+    add(w, 1, list(range(14)), max_tokens=3)
+    w.drain()
+    again = add(w, 2, list(range(14)))
+
+    plan = step(w)
+
+    assert cuts(plan.chunks) == [(2, 12, 2)]
+    assert again.table[:2] == (-1, -1)
+
+
 # ---- any order of calls ----
 
 PROMPTS = st.builds(
@@ -794,6 +823,7 @@ class AnyOrder(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, True, False]),
         chunked_prefill=st.sampled_from([True, True, True, False]),
         max_prompt_rows=st.sampled_from([1, 5, 256]),
+        window=st.sampled_from([0, 0, 1, 3, 7, 12]),
     )
     def start(self, **choices: Any) -> None:
         self.w = WatchedScheduler(**choices)

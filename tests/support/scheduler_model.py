@@ -154,7 +154,8 @@ class WatchedScheduler:
         assert len(running) <= self.settings["max_batch_size"]
         assert all(s.table == () and s.num_scheduled == 0 for s in waiting)
         assert all(s.token_ids == self.texts[s.id] for s in self.live.values())
-        holders = Counter(block for s in running for block in s.table)
+        assert all(s.table == (-1,) * self._num_passed(s) + _held(s) for s in running)
+        holders = Counter(block for s in running for block in _held(s))
         blocks = range(pool.num_blocks)
         assert [pool.references(block) for block in blocks] == [holders[block] for block in blocks]
         assert pool.num_used == len(holders)
@@ -165,8 +166,8 @@ class WatchedScheduler:
     def _check_sharing(self, running: list[Sequence], holders: Counter[int]) -> None:
         pool = self.scheduler.pool
         for sequence in running:
-            assert len(set(sequence.table)) == len(sequence.table)
-            private = sequence.table[sequence.num_published :]
+            assert len(set(_held(sequence))) == len(_held(sequence))
+            private = sequence.table[max(sequence.num_published, sequence.num_passed) :]
             assert all(holders[block] == 1 and not pool.is_findable(block) for block in private)
         findable = [self.memory.block(block)[-1] for block in range(pool.num_blocks) if pool.is_findable(block)]
         assert GARBAGE not in findable
@@ -219,12 +220,23 @@ class WatchedScheduler:
         if not sequence.wants_prompt_logits:
             assert chunk.num_outputs == int(is_whole)
 
+    def _first_seen(self, position: int) -> int:
+        """The first position that the token at `position` looks at."""
+        window = self.settings.get("window", 0)
+        return max(0, position - window + 1) if window else 0
+
+    def _num_passed(self, sequence: Sequence) -> int:
+        """Blocks that it must have given back: those before the next token's window, once a plan of it was committed."""
+        is_new = self.flight is not None and self._before[sequence.id][0] == "waiting"
+        return 0 if is_new else self._first_seen(sequence.num_computed) // self.memory.block_size
+
     def _run(self, sequence: Sequence, chunk: Chunk) -> None:
         """The forward of one chunk: all keys before it must be its own text's."""
         end = chunk.start + len(chunk.token_ids)
         texts = self.memory.texts(sequence, end)
-        held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(chunk.start)]
-        assert held == texts[: chunk.start], f"sequence {sequence.id} reads keys that are not its own"
+        first = self._first_seen(chunk.start)
+        held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(first, chunk.start)]
+        assert held == texts[first : chunk.start], f"sequence {sequence.id} reads keys that are not its own"
         for position in range(chunk.start, end):
             self.memory.slots[self.memory.slot(chunk, position)] = texts[position]
 
@@ -269,6 +281,10 @@ class WatchedScheduler:
         self.ends[sequence.arrival] += 1
         assert sequence.state == "out"
         assert sequence.table == ()
+
+
+def _held(sequence: Sequence) -> tuple[int, ...]:
+    return tuple(block for block in sequence.table if block >= 0)
 
 
 def _standing(sequence: Sequence) -> tuple[Any, ...]:
