@@ -10,7 +10,8 @@ class Chunk:
     """Consecutive tokens of one sequence that run in this step; a decode is a chunk of one token.
 
     token_ids[i] stands at position start + i; keys 0 .. start - 1 are in the cache already. `table` holds the sequence's blocks and
-    covers all positions of the chunk; it begins with a -1 for each block that fell out of the window of all layers. Logits are wanted for the last `num_outputs` tokens (0: the prompt goes on).
+    covers all positions of the chunk; it begins with a -1 for each block that fell out of the window of all layers. Logits are
+    wanted for the last `num_outputs` tokens (0: the prompt goes on).
     `prompt_length` is the length of the client's prompt, also after a preemption: rotary scalings that look at a length use
     max(prompt_length, position + 1), so that a token's key does not depend on how the prompt was cut.
     """
