@@ -10,18 +10,21 @@ from collections.abc import Iterable, Sequence
 
 
 class PrefixChain:
-    """Names of one sequence's full blocks, computed when first asked for: a block's digest covers salt, adapter and every token up
-    to its end, for its keys depend on all of them. d[i] = sha256(d[i - 1] + tokens of block i).
+    """Names of one sequence's full blocks, computed when first asked for: a block's digest covers salt, adapter, the encoder's
+    input and every token up to its end, for its keys depend on all of them. d[i] = sha256(d[i - 1] + tokens of block i).
 
     `adapter` is a slot: whoever loads other weights into a slot must give its sequences another salt.
     """
 
     __slots__ = ("_block_size", "_digests")
 
-    def __init__(self, block_size: int, salt: str, adapter: int) -> None:
+    def __init__(self, block_size: int, salt: str, adapter: int, encoder_ids: Sequence[int] = ()) -> None:
         self._block_size = block_size
         # surrogatepass: a salt from JSON may hold half a surrogate pair.
-        self._digests = [hashlib.sha256(f"{adapter}:{salt}".encode("utf-8", "surrogatepass")).digest()]
+        root = hashlib.sha256(f"{adapter}:{salt}".encode("utf-8", "surrogatepass"))
+        if encoder_ids:
+            root = hashlib.sha256(root.digest() + array("q", encoder_ids).tobytes())
+        self._digests = [root.digest()]
 
     def digest(self, index: int, token_ids: Sequence[int]) -> bytes:
         """Name of the sequence's block `index`, which must be full. `token_ids` may only grow from one call to the next."""
@@ -31,6 +34,10 @@ class PrefixChain:
             tokens = array("q", token_ids[first : first + self._block_size])
             digests.append(hashlib.sha256(digests[-1] + tokens.tobytes()).digest())
         return digests[index + 1]
+
+    def cross_digests(self, num_blocks: int) -> list[bytes]:
+        """Names of the blocks with the encoder's keys. An encoder reads both ways, so each of them depends on its whole input."""
+        return [hashlib.sha256(b"cross %d " % index + self._digests[0]).digest() for index in range(num_blocks)]
 
 
 class BlockPool:
@@ -103,6 +110,11 @@ class BlockPool:
                 break
             found.append(block)
         return tuple(found)
+
+    def find_all(self, digests: Iterable[bytes]) -> tuple[int, ...]:
+        """The blocks of these names if each can be found, else none. Takes no reference."""
+        found = [self._by_name.get(digest) for digest in digests]
+        return () if None in found else tuple(block for block in found if block is not None)
 
     def num_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of these are idle, so that sharing them makes so many fewer available."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmi_dist.blocks import BlockPool, PrefixChain
-from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Plan
+from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Encode, Plan
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -32,10 +32,12 @@ class Sequence:
     wants_prompt_logits: bool = False  # each prompt token gets its row of logits once, so cached blocks cannot stand in for it
     leader: int | None = None  # a sequence added before with the same prompt, whose blocks this one waits for
     adapter: int = -1
+    encoder_ids: tuple[int, ...] = ()  # what an encoder reads as a whole before the first token; all tokens attend to its keys
 
     state: Literal["out", "waiting", "running"] = field(default="out", init=False)  # out: not added yet, or ended
     arrival: int = field(default=0, init=False)
     table: tuple[int, ...] = field(default=(), init=False)
+    cross_table: tuple[int, ...] = field(default=(), init=False)  # the blocks of the encoder's keys
     num_scheduled: int = field(default=0, init=False)
     num_computed: int = field(default=0, init=False)
     num_published: int = field(default=0, init=False)  # blocks
@@ -66,6 +68,8 @@ class _Step:
     decoding: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     prefilling: list[tuple[Sequence, Chunk]] = field(default_factory=list)
     budget: int = 0  # prompt tokens that may still join
+    encodes: list[tuple[Sequence, Encode]] = field(default_factory=list)
+    encoder_budget: int = 0  # tokens that encoders may still read
     prompt_rows: int = 0  # of their logits that may still be wanted
     grown: list[tuple[Sequence, int]] = field(default_factory=list)  # with the number of blocks they had before
     admitted: list[Sequence] = field(default_factory=list)
@@ -101,6 +105,9 @@ class Scheduler:
     Where prompt logits are wanted, a step has at most `max_prompt_rows`: prompts are cut there even without chunked prefill.
 
     Where no layer looks further back than `window` keys (0: some do), blocks that fell out of it are given back.
+
+    An encoder reads its input whole, in the step that admits its sequence: as many as fit a budget of the same size as that of
+    prompt tokens but counted apart, and one in any case. Its keys lie in blocks of their own, found again only by the whole input.
     """
 
     def __init__(
@@ -155,9 +162,9 @@ class Scheduler:
         """A sequence that waits or runs. Raises KeyError for any other."""
         return self._sequences[sequence_id]
 
-    def fits(self, num_tokens: int) -> bool:
+    def fits(self, num_tokens: int, num_encoder_tokens: int = 0) -> bool:
         """Whether a sequence alone in the pool could have so many tokens in the cache (its last token never is)."""
-        return self._pool.blocks_for(num_tokens) <= self._pool.num_blocks
+        return self._pool.blocks_for(num_tokens) + self._pool.blocks_for(num_encoder_tokens) <= self._pool.num_blocks
 
     def add(self, sequence: Sequence) -> None:
         """Put it at the end of the queue. Raises AssertionError for what the engine should have refused: an id in use, no prompt,
@@ -165,14 +172,16 @@ class Scheduler:
         most = sequence.prompt_length + sequence.max_tokens - 1
         if sequence.state != "out" or sequence.id in self._sequences:
             raise AssertionError(f"sequence {sequence.id} was added already")
-        if not (0 < sequence.prompt_length <= len(sequence.token_ids) <= most and self.fits(most)):
+        is_whole = 0 < sequence.prompt_length <= len(sequence.token_ids) <= most
+        if not (is_whole and self.fits(most, len(sequence.encoder_ids))):
             raise AssertionError(
                 f"sequence {sequence.id}: prompt_length={sequence.prompt_length} must be at least 1, max_tokens="
-                f"{sequence.max_tokens} more than was generated, and their sum less one fit {self._pool.num_blocks} blocks"
+                f"{sequence.max_tokens} more than was generated, and their sum less one fit {self._pool.num_blocks} blocks beside "
+                f"the encoder's {len(sequence.encoder_ids)}"
             )
         # By reference: a leader is older than its siblings, so that no circle of leaders can wait for itself.
         sequence.leading = None if sequence.leader is None else self._sequences.get(sequence.leader)
-        sequence.chain = PrefixChain(self._pool.block_size, sequence.salt, sequence.adapter)
+        sequence.chain = PrefixChain(self._pool.block_size, sequence.salt, sequence.adapter, sequence.encoder_ids)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._sequences[sequence.id] = sequence
@@ -202,11 +211,12 @@ class Scheduler:
             raise AssertionError(f"step {self.num_steps} is in flight; commit or drop its plan before the next")
         step = _Step(prompt_rows=self.max_prompt_rows)
         unfinished_prefills = self._schedule_running(step)
-        step.budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
+        step.budget = step.encoder_budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
         self._schedule_prefills(step, unfinished_prefills)
         if not step.has_preempted:  # or the victim would take back at once what it was robbed of
             self._admit(step)
-        plan = Plan(self.num_steps, tuple([c for _, c in step.decoding]), tuple([c for _, c in step.prefilling]))
+        decodes, chunks = (tuple([chunk for _, chunk in rows]) for rows in (step.decoding, step.prefilling))
+        plan = Plan(self.num_steps, decodes, chunks, tuple([encode for _, encode in step.encodes]))
         if not plan.is_empty:
             step.plan = plan
             self._step = step
@@ -225,6 +235,8 @@ class Scheduler:
         self.num_steps += 1
         self.prefix_query_tokens += step.num_query_tokens
         self.prefix_hit_tokens += step.num_hit_tokens
+        for sequence, encode in step.encodes:
+            self._publish_encoded(sequence, encode)
         finished: list[Finished] = []
         for sequence, chunk in rows:
             self._record(sequence, chunk)
@@ -275,10 +287,8 @@ class Scheduler:
             if start < sequence.prefill_end:
                 others.append(sequence)
             else:
-                token = sequence.token_ids[start]
-                chunk = Chunk(sequence.id, (token,), start, sequence.table, sequence.prompt_length, 1, sequence.adapter)
                 sequence.num_scheduled = start + 1
-                step.decoding.append((sequence, chunk))
+                step.decoding.append((sequence, _chunk(sequence, start, start + 1, 1)))
             index += 1
         return others
 
@@ -313,23 +323,36 @@ class Scheduler:
                 index += 1
                 continue
             hits = self._pool.find(sequence.chain, sequence.token_ids, self._num_findable(sequence))
+            cross_hits = self._find_encoded(sequence)
             num_hit_tokens = len(hits) * self._pool.block_size
             num_tokens = self._share_of_budget(sequence, num_hit_tokens, len(sequence.token_ids), step)
-            if num_tokens == 0 or not self._place(sequence, hits):
+            num_encoded = 0 if cross_hits else len(sequence.encoder_ids)
+            if num_tokens == 0 or (step.encodes and num_encoded > step.encoder_budget):
+                break
+            if not self._place(sequence, hits, cross_hits):
                 break
             del self._waiting[index]
             step.admitted.append(sequence)
             if self._num_findable(sequence):
                 step.num_query_tokens += len(sequence.token_ids)
                 step.num_hit_tokens += num_hit_tokens
+            if num_encoded:
+                step.encoder_budget -= num_encoded
+                step.encodes.append((sequence, Encode(sequence.id, sequence.encoder_ids, sequence.cross_table)))
             self._schedule_chunk(sequence, num_tokens, step)
+
+    def _find_encoded(self, sequence: Sequence) -> tuple[int, ...]:
+        """The blocks of the encoder's keys if all of them are cached; else it reads its input again."""
+        if not (sequence.encoder_ids and self.prefix_caching):
+            return ()
+        return self._pool.find_all(sequence.chain.cross_digests(self._pool.blocks_for(len(sequence.encoder_ids))))
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Only if there will be blocks to share: without the prefix cache a sibling computes its prompt itself."""
         leader = sequence.leading
         if leader is None or leader.state == "out" or leader.num_computed >= leader.prompt_length:
             return False
-        return self._num_findable(sequence) >= self._pool.block_size
+        return self._num_findable(sequence) >= self._pool.block_size or (self.prefix_caching and bool(sequence.encoder_ids))
 
     def _num_findable(self, sequence: Sequence) -> int:
         """First tokens that may come from the prefix cache: never the last, whose logits are needed (so a prompt that is cached
@@ -339,14 +362,17 @@ class Scheduler:
         most = len(sequence.token_ids) - 1
         return min(most, sequence.num_prompt_rows) if sequence.wants_prompt_logits else most
 
-    def _place(self, sequence: Sequence, hits: tuple[int, ...]) -> bool:
+    def _place(self, sequence: Sequence, hits: tuple[int, ...], cross_hits: tuple[int, ...]) -> bool:
         """Move it in, with blocks for all its tokens, if that leaves one for each that runs; else those would soon preempt it."""
         pool = self._pool
         num_new = pool.blocks_for(len(sequence.token_ids)) - len(hits)
-        if num_new + pool.num_unreferenced(hits) + len(self._running) > pool.num_available:
+        num_cross = pool.blocks_for(len(sequence.encoder_ids)) - len(cross_hits)
+        cached = hits + cross_hits
+        if num_new + num_cross + pool.num_unreferenced(cached) + len(self._running) > pool.num_available:
             return False
-        pool.share(hits)
+        pool.share(cached)
         sequence.table = hits + pool.take(num_new)
+        sequence.cross_table = cross_hits + pool.take(num_cross)
         sequence.num_scheduled = sequence.num_computed = len(hits) * pool.block_size
         sequence.num_published = len(hits)
         sequence.prefill_end = len(sequence.token_ids)
@@ -368,13 +394,11 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         start = sequence.num_scheduled
         end = start + num_tokens
-        token_ids = tuple(sequence.token_ids[start:end])
         num_outputs = max(0, end - max(start, _first_row(sequence)))
-        chunk = Chunk(sequence.id, token_ids, start, sequence.table, sequence.prompt_length, num_outputs, sequence.adapter)
         sequence.num_scheduled = end
         step.budget -= num_tokens
         step.prompt_rows -= num_outputs if _wants_rows(sequence) else 0
-        step.prefilling.append((sequence, chunk))
+        step.prefilling.append((sequence, _chunk(sequence, start, end, num_outputs)))
 
     # ---- recording ----
 
@@ -398,6 +422,11 @@ class Scheduler:
             self._pool.give_back(sequence.table[num_before:num_passed])
             sequence.table = (-1,) * num_passed + sequence.table[num_passed:]
             sequence.num_passed = num_passed
+
+    def _publish_encoded(self, sequence: Sequence, encode: Encode) -> None:
+        if self.prefix_caching and sequence.state == "running":
+            for block, digest in zip(encode.table, sequence.chain.cross_digests(len(encode.table)), strict=True):
+                self._pool.publish(block, digest)
 
     def _extend(self, sequence: Sequence, new_ids: collections.abc.Sequence[int], finished: list[Finished]) -> None:
         for num_kept, token in enumerate(new_ids, start=1):
@@ -425,9 +454,24 @@ class Scheduler:
         insort(self._waiting, sequence, key=_arrival)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
+        self._pool.give_back(sequence.cross_table)
         self._pool.give_back(sequence.table[sequence.num_passed :])
-        sequence.table = ()
+        sequence.table = sequence.cross_table = ()
         sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.num_passed = sequence.prefill_end = 0
+
+
+def _chunk(sequence: Sequence, start: int, end: int, num_outputs: int) -> Chunk:
+    return Chunk(
+        sequence=sequence.id,
+        token_ids=tuple(sequence.token_ids[start:end]),
+        start=start,
+        table=sequence.table,
+        prompt_length=sequence.prompt_length,
+        num_outputs=num_outputs,
+        adapter=sequence.adapter,
+        cross_table=sequence.cross_table,
+        cross_length=len(sequence.encoder_ids),
+    )
 
 
 def _first_row(sequence: Sequence) -> int:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from scheduler_model import WatchedScheduler
 
-from lmi_dist.plan import Chunk, Plan
+from lmi_dist.plan import Chunk, Encode, Plan
 from lmi_dist.scheduler import Finished, Scheduler, Sequence, wants_token
 
 
@@ -799,6 +799,104 @@ def test_passed_blocks_can_still_be_found() -> None:
     assert again.table[:2] == (-1, -1)
 
 
+# ---- encoders ----
+
+TEXT = tuple(range(50, 60))  # three blocks
+
+
+def test_encoder_runs_once_with_the_first_tokens() -> None:
+    w = watched()
+    sequence = add(w, 1, [0], encoder_ids=TEXT)
+
+    first, second = step(w), step(w)
+
+    assert first.encodes == (Encode(1, TEXT, sequence.cross_table),)
+    assert not second.encodes
+    assert {(c.cross_table, c.cross_length) for c in first.chunks + second.decodes} == {(sequence.cross_table, 10)}
+    assert len(sequence.cross_table) == 3
+
+
+def test_encoders_have_a_budget_of_their_own() -> None:
+    w = watched(max_prefill_tokens=20)
+    for id in range(3):
+        add(w, id, [0] * 2, encoder_ids=tuple(range(10 * id, 10 * id + 10)))
+
+    plans = step(w), step(w)
+
+    assert [[encode.sequence for encode in plan.encodes] for plan in plans] == [[0, 1], [2]]
+
+
+def test_encoder_over_budget_runs_first_of_its_step() -> None:
+    w = watched(max_prefill_tokens=4)
+    for id in (1, 2):
+        add(w, id, [0], encoder_ids=(*TEXT, id))
+
+    plans = step(w), step(w)
+
+    assert [[encode.sequence for encode in plan.encodes] for plan in plans] == [[1], [2]]
+
+
+def test_same_input_is_encoded_once() -> None:
+    w = watched()
+    add(w, 1, [0], encoder_ids=TEXT, max_tokens=1)
+    step(w)
+    add(w, 2, [0], encoder_ids=TEXT)
+    add(w, 3, [0], encoder_ids=TEXT[:9])
+
+    assert [encode.sequence for encode in step(w).encodes] == [3]
+
+
+def test_siblings_share_their_encoders_keys() -> None:
+    w = watched()
+    leader, sibling = (add(w, id, [0], leader=leader, encoder_ids=TEXT) for id, leader in ((1, None), (2, 1)))
+
+    plans = step(w), step(w)
+
+    assert [len(plan.encodes) for plan in plans] == [1, 0]
+    assert leader.cross_table == sibling.cross_table
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_tokens_are_found_only_behind_the_same_input(prefix_caching: bool) -> None:
+    w = watched(prefix_caching=prefix_caching)
+    prompt = list(range(9))
+    for id, text in ((1, TEXT), (2, TEXT), (3, TEXT[::-1]), (4, ())):
+        add(w, id, prompt, max_tokens=1, encoder_ids=text)
+        step(w)
+
+    assert [plan.chunks[0].start for plan in w.plans] == [0, 8 if prefix_caching else 0, 0, 0]
+
+
+def test_preempted_sequence_is_encoded_again() -> None:
+    w = watched(num_blocks=7, prefix_caching=False)
+    add(w, 1, [1] * 8, max_tokens=9)
+    young = add(w, 2, [0], encoder_ids=TEXT)
+    step(w), step(w)
+    while young.state == "running":
+        step(w)
+
+    w.finish(1)
+
+    assert [encode.token_ids for encode in step(w).encodes] == [TEXT]
+
+
+def test_dropped_encoder_is_not_found() -> None:
+    w = watched()
+    add(w, 1, [0], encoder_ids=TEXT)
+    plan = w.plan()
+    w.drop(10)
+
+    assert w.plan() == plan
+
+
+def test_encoder_must_fit_beside_the_text() -> None:
+    scheduler = watched(num_blocks=4).scheduler
+
+    assert (scheduler.fits(4, 12), scheduler.fits(5, 12)) == (True, False)
+    with pytest.raises(AssertionError, match="beside the encoder's 12"):
+        scheduler.add(Sequence(id=1, token_ids=[0], prompt_length=1, max_tokens=5, encoder_ids=(1,) * 12))
+
+
 # ---- any order of calls ----
 
 PROMPTS = st.builds(
@@ -836,16 +934,19 @@ class AnyOrder(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "", "s"]),
         adapter=st.sampled_from([-1, -1, -1, 0]),
         wants_prompt_logits=st.sampled_from([False, False, True]),
+        encoder_ids=st.sampled_from([(), (), (1,), (1, 2, 3, 4, 5), (5,) * 9]),
         num_siblings=st.sampled_from([0, 0, 2]),
     )
-    def add(self, prompt: list[int], max_tokens: int, num_siblings: int, **fields: Any) -> None:
-        room = self.w.settings["num_blocks"] * self.w.settings["block_size"]
+    def add(self, prompt: list[int], max_tokens: int, num_siblings: int, encoder_ids: tuple[int, ...], **fields: Any) -> None:
+        block_size = self.w.settings["block_size"]
+        encoder_ids = encoder_ids[: (self.w.settings["num_blocks"] - 1) * block_size]
+        room = (self.w.settings["num_blocks"] + -len(encoder_ids) // block_size) * block_size
         prompt = prompt[:room]
         max_tokens = min(max_tokens, room - len(prompt) + 1)
         leader = None
         for _ in range(1 + num_siblings):
             id = min(set(range(len(self.w.live) + 1)) - set(self.w.live))  # ids are used again as soon as possible
-            add(self.w, id, prompt, max_tokens, leader=leader, **fields)
+            add(self.w, id, prompt, max_tokens, leader=leader, encoder_ids=encoder_ids, **fields)
             leader = id if leader is None else leader
 
     @precondition(lambda self: self.w.live and self.w.flight is None)

@@ -11,7 +11,8 @@ GARBAGE = -1
 
 
 class KeyMemory:
-    """What each slot of each block holds: the number of the exact text (salt, adapter, all tokens) that its key stands for."""
+    """What each slot of each block holds: the number of the exact text (salt, adapter, encoder's input, all tokens) that its key
+    stands for."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -21,11 +22,20 @@ class KeyMemory:
     def texts(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Numbers of the sequence's first 1, 2, .. num_tokens tokens. Two texts have the same number exactly if they are equal."""
         numbers: list[int] = []
-        before: Any = (sequence.salt, sequence.adapter)
+        before: Any = (sequence.salt, sequence.adapter, sequence.encoder_ids)
         for token in sequence.token_ids[:num_tokens]:
             before = self._texts.setdefault((before, token), len(self._texts))
             numbers.append(before)
         return numbers
+
+    def encoded(self, sequence: Sequence, table: Items[int]) -> dict[tuple[int, int], int]:
+        """What the slots of these blocks hold once its encoder has run, whole blocks for simplicity."""
+        input: Any = (sequence.salt, sequence.adapter, sequence.encoder_ids)
+        return {
+            (block, slot): self._texts.setdefault((input, -1 - index), len(self._texts))
+            for index, block in enumerate(table)
+            for slot in range(self.block_size)
+        }
 
     def slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.table[position // self.block_size], position % self.block_size
@@ -98,6 +108,9 @@ class WatchedScheduler:
         self.log.append(("commit", choices))
         plan, self.flight = self.flight, None
         assert plan is not None
+        owners = {chunk.sequence: sequence for sequence, chunk in self._rows}
+        for encode in plan.encodes:
+            self.memory.slots.update(self.memory.encoded(owners[encode.sequence], encode.table))
         for sequence, chunk in self._rows:
             self._run(sequence, chunk)
         sampled = [chunk.sequence for _, chunk in self._rows if wants_token(chunk)]
@@ -112,7 +125,8 @@ class WatchedScheduler:
         self.log.append(("drop", num_written))
         plan, self.flight = self.flight, None
         assert plan is not None
-        places = [self.memory.slot(c, c.start + i) for c in plan.rows for i in range(len(c.token_ids))]
+        places = [(block, slot) for encode in plan.encodes for block in encode.table for slot in range(self.memory.block_size)]
+        places += [self.memory.slot(c, c.start + i) for c in plan.rows for i in range(len(c.token_ids))]
         self.memory.slots.update(dict.fromkeys(places[:num_written], GARBAGE))
         self.scheduler.drop(plan)
         self._check_drop()
@@ -152,10 +166,11 @@ class WatchedScheduler:
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (len(running), len(waiting))
         assert self.scheduler.has_work == bool(self.live)
         assert len(running) <= self.settings["max_batch_size"]
-        assert all(s.table == () and s.num_scheduled == 0 for s in waiting)
+        assert all(s.table == s.cross_table == () and s.num_scheduled == 0 for s in waiting)
+        assert all(len(s.cross_table) == pool.blocks_for(len(s.encoder_ids)) for s in running)
         assert all(s.token_ids == self.texts[s.id] for s in self.live.values())
         assert all(s.table == (-1,) * self._num_passed(s) + _held(s) for s in running)
-        holders = Counter(block for s in running for block in _held(s))
+        holders = Counter(block for s in running for block in _held(s) + s.cross_table)
         blocks = range(pool.num_blocks)
         assert [pool.references(block) for block in blocks] == [holders[block] for block in blocks]
         assert pool.num_used == len(holders)
@@ -166,7 +181,8 @@ class WatchedScheduler:
     def _check_sharing(self, running: list[Sequence], holders: Counter[int]) -> None:
         pool = self.scheduler.pool
         for sequence in running:
-            assert len(set(_held(sequence))) == len(_held(sequence))
+            held = _held(sequence) + sequence.cross_table
+            assert len(set(held)) == len(held)
             private = sequence.table[max(sequence.num_published, sequence.num_passed) :]
             assert all(holders[block] == 1 and not pool.is_findable(block) for block in private)
         findable = [self.memory.block(block)[-1] for block in range(pool.num_blocks) if pool.is_findable(block)]
@@ -189,10 +205,20 @@ class WatchedScheduler:
         assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
         asked = [c.num_outputs for s, c in self._rows if s.wants_prompt_logits and s.num_prompt_rows < s.prompt_length]
         assert sum(asked) <= self.scheduler.max_prompt_rows
+        self._check_encodes(plan, budget)
         written = [self.memory.slot(c, c.start + i)[0] for c in plan.rows for i in range(len(c.token_ids))]
+        written += [block for encode in plan.encodes for block in encode.table]
         assert all(self.scheduler.pool.references(b) == 1 and not self.scheduler.pool.is_findable(b) for b in written)
         for sequence, chunk in self._rows:
             self._check_chunk(sequence, chunk)
+
+    def _check_encodes(self, plan: Plan, budget: int) -> None:
+        """Whole inputs, each of a sequence that comes in, in order and within a budget of their own."""
+        owners = [self.live[encode.sequence] for encode in plan.encodes]
+        assert all(self._before[s.id][0] == "waiting" and s.state == "running" for s in owners)
+        assert [(e.token_ids, e.table) for e in plan.encodes] == [(s.encoder_ids, s.cross_table) for s in owners]
+        assert len(owners) == 1 or sum(len(s.encoder_ids) for s in owners) <= budget
+        assert {s.id for s in owners} <= {chunk.sequence for chunk in plan.chunks}
 
     def _check_victims(self) -> None:
         """Who was sent back is younger than all that ran before and still do, and nobody came in for it."""
@@ -214,6 +240,7 @@ class WatchedScheduler:
         is_whole = end == len(sequence.token_ids)
         assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end]
         assert (chunk.prompt_length, chunk.adapter) == (sequence.prompt_length, sequence.adapter)
+        assert (chunk.cross_table, chunk.cross_length) == (sequence.cross_table, len(sequence.encoder_ids))
         assert end <= len(chunk.table) * self.memory.block_size
         assert wants_token(chunk) == is_whole
         assert is_whole or self.settings["chunked_prefill"] or sequence.wants_prompt_logits
@@ -237,6 +264,10 @@ class WatchedScheduler:
         first = self._first_seen(chunk.start)
         held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(first, chunk.start)]
         assert held == texts[first : chunk.start], f"sequence {sequence.id} reads keys that are not its own"
+        across = self.memory.encoded(sequence, chunk.cross_table)
+        assert {place: self.memory.slots.get(place) for place in across} == across, (
+            f"sequence {sequence.id} reads an encoder's keys that are not its own"
+        )
         for position in range(chunk.start, end):
             self.memory.slots[self.memory.slot(chunk, position)] = texts[position]
 
