@@ -5,10 +5,8 @@ The body decides what is asked for; the path decides the dialect of errors. Bodi
 
 import asyncio
 import json
-import re
 import time
-from collections.abc import AsyncIterator
-from urllib.parse import unquote_plus
+from collections.abc import AsyncIterator, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,8 +15,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive
 
-from lmi_dist import LmiError
-from lmi_dist_handler import openapi, page
+from lmi_dist import LmiError, RequestError
+from lmi_dist_handler import bodies, openapi, page
 from lmi_dist_handler.formatter import TGI_ROUTES, dialect_of_route
 from lmi_dist_handler.front import ClientGoneError, Front, HttpError, json_response, refusal
 from lmi_dist_handler.group import Stream
@@ -33,7 +31,6 @@ from lmi_dist_handler.wire import PairList
 
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
 BODY_BYTES_PER_S = 16 * 1024  # a body that comes slower than this ends with read_timeout
-FORM = "application/x-www-form-urlencoded"
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
 PING_STATUS: dict[Health, str] = {
     "loading": "PENDING", "serving": "Healthy", "degraded": "Unhealthy", "restarting": "Unhealthy", "draining": "Unhealthy",
@@ -134,17 +131,18 @@ class Api:
         properties = _properties(request)
         name = request.path_params.get("model") or request.query_params.get("model_name") or properties.get("model_name")
         version = request.path_params.get("version") or request.query_params.get("model_version") or properties.get("model_version")
-        is_form = properties.get("content-type", "").startswith(FORM)
-        body = await self._body(request) if is_form and name is None else None  # it may name the model
-        model = self._models.find(name if body is None else _form_model_name(body), version)
+        kind = properties.get("content-type", "")
+        body = await self._body(request) if name is None and bodies.is_form(kind) else None  # it may name the model
+        if body is not None:
+            name = await _parsed(_form_model_name, body, kind)
+        model = self._models.find(name, version)
         return await self._answer(request, model, properties, await self._body(request) if body is None else body)
 
     async def openai(self, request: Request) -> Response:
         """OpenAI's routes: the body names the model."""
         properties = _properties(request)
         body = await self._body(request)
-        name = await asyncio.to_thread(_model_name, body) if len(body) > INLINE_BYTES else _model_name(body)
-        return await self._answer(request, self._find_openai(name), properties, body)
+        return await self._answer(request, self._find_openai(await _parsed(_model_name, body)), properties, body)
 
     async def _answer(self, request: Request, model: Served, properties: dict[str, str], body: bytes) -> Response:
         content = PairList((key, value.encode()) for key, value in request.query_params.multi_items())
@@ -222,10 +220,17 @@ def _properties(request: Request) -> dict[str, str]:
     return {**properties, "requestId": request.scope["state"]["request_id"], "lmi_route": route}
 
 
-def _form_model_name(body: bytes) -> str | None:
-    """The field `model_name` of a form."""
-    found = re.search(rb"(?:^|&)model_name=([^&]+)", body)
-    return unquote_plus(found[1].decode("latin-1")) if found else None
+async def _parsed(find: Callable[..., str | None], body: bytes, *more: str) -> str | None:
+    """What `find` finds in a body, away from the loop's thread if the body is large."""
+    return await asyncio.to_thread(find, body, *more) if len(body) > INLINE_BYTES else find(body, *more)
+
+
+def _form_model_name(body: bytes, content_type: str) -> str | None:
+    """The field `model_name` of a form; None when it has none or cannot be read, which is the worker's to say."""
+    try:
+        return bodies.form_fields(body, content_type).get("model_name")
+    except RequestError:
+        return None
 
 
 def _model_name(body: bytes) -> str | None:

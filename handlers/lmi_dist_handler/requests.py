@@ -30,6 +30,8 @@ MAX_INPUTS = 128
 OWN = "the model's own"  # form of an answer that its @output_formatter writes
 ADAPTER_HEADERS = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 
+STREAMED = ("jsonlines", "sse", "none", "jsonlines_chat", "sse_chat", OWN)
+
 FORMS: dict[str, type[LmiFormatter]] = {"json": Json, "jsonlines": JsonLines, "sse": Sse, "none": RawText}
 CHAT_FORMS: dict[str, type[DjlChat]] = {"json_chat": DjlChat, "jsonlines_chat": DjlChatLines, "sse_chat": DjlChatEvents}
 
@@ -101,7 +103,7 @@ def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig", own: Fu
     prompts = fields.texts("inputs", MAX_INPUTS) if is_list else [fields.text("inputs")]
     parameters = fields.section("parameters")
     stream = fields.boolean("stream")
-    fields.ignore("cached_prompt", "model")
+    fields.ignore("cached_prompt", "model", "model_name")
     form = _form(parameters, stream, handler, has_writer=writer is not None)
     if is_list and form != "json":
         raise fields.refuse("inputs", f"is a list, which is for whole answers, not for {form}; leave out stream or send one string")
@@ -153,9 +155,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
     """SamplingParams of `parameters`: greedy unless do_sample, which also brings in the checkpoint's wishes."""
     parameters.only("num_beams", 1, way_out="leave it out and use best_of")
     parameters.only("use_beam_search", False)
-    if wishes.num_candidates > 1 and form in ("jsonlines", "sse", "none", OWN):
-        name = "n" if "n" in parameters else "best_of"
-        raise parameters.refuse(name, f"is for whole answers, not for {form}; leave out stream or set output_formatter to json")
+    _check_candidates(parameters, wishes.num_candidates, form)
     sampling = Sampling(parameters, LMI)
     sampling.values.setdefault("max_tokens", DEFAULT_NEW_TOKENS)
     if wishes.num_candidates > 1:
@@ -169,6 +169,19 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
         sampling.default(engine.model.generation)
     params = sampling.params()
     return params if do_sample else params.model_copy(update={"temperature": 0.0})
+
+
+def _check_candidates(parameters: Fields, num_candidates: int, form: str) -> None:
+    """Raises RequestError where a form cannot tell several candidates apart, or not before all of them have ended."""
+    if num_candidates > 1 and form in ("none", OWN):
+        name = "n" if "n" in parameters else "best_of"
+        raise parameters.refuse(
+            name, f"is more than {form} can tell apart; leave it out or set output_formatter to json or jsonlines"
+        )
+    if form in STREAMED and (parameters.integer("best_of", 1) or 1) > num_candidates:
+        raise parameters.refuse(
+            "best_of", f"must equal n={num_candidates} where tokens are sent as they come; leave out one of them or stream"
+        )
 
 
 def _shows_tokens(wishes: Wishes, form: str) -> bool:

@@ -142,17 +142,21 @@ class JsonList(Formatter):
 
 
 class JsonLines(LmiFormatter):
-    """One object a token and line; the last also has the text."""
+    """One object a token and line; the last of a candidate also has its text. Of several candidates, each line tells whose it is
+    with `index`, as DJL has it from 0.36 on."""
 
     content_type: ClassVar[str] = "application/jsonlines"
     is_tgi = False
 
     def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
-        lines = [{"token": self.token(token, self.is_tgi)} for token in output.tokens]
+        lines = [self._line(candidate.index, self.token(token, self.is_tgi)) for token in output.tokens]
         if output.finish_reason is not None:
-            lines = lines or [{"token": NO_TOKEN}]  # ended without one more token
+            lines = lines or [self._line(candidate.index, NO_TOKEN)]  # ended without one more token
             lines[-1] |= self._last(candidate)
         return "".join(self.frame(dumps(line)) for line in lines)
+
+    def _line(self, index: int, token: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "token": token} if self.wishes.num_candidates > 1 else {"token": token}
 
     def _last(self, candidate: Candidate) -> dict[str, Any]:
         shown: dict[str, Any] = {"generated_text": self.full_text_prefix + candidate.text}
@@ -161,10 +165,21 @@ class JsonLines(LmiFormatter):
         return shown
 
     def _broken(self, told: Told) -> str:
-        text = "".join(candidate.text for candidate in self.candidates.values())
+        """A last line for each candidate that has not had one."""
+        texts = dict.fromkeys(range(self.wishes.num_candidates), "")
+        texts |= {one.index: one.text for one in self.candidates.values()}
+        ended = {one.index for one in self.candidates.values() if one.finish_reason is not None}
         failed = {**NO_TOKEN, "error_msg": told.message}
-        shown = {"token": failed, "generated_text": self.full_text_prefix + text, "details": {"finish_reason": "error"}}
-        return self.frame(dumps(shown))
+        lines = [
+            {
+                **self._line(index, failed),
+                "generated_text": self.full_text_prefix + text,
+                "details": {"finish_reason": "error"},
+            }
+            for index, text in texts.items()
+            if index not in ended
+        ]
+        return "".join(self.frame(dumps(line)) for line in lines)
 
     def frame(self, line: str) -> str:
         return f"{line}\n"

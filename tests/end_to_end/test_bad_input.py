@@ -134,7 +134,7 @@ def test_broken_body_is_told(client: httpx.Client, route: str, code: int) -> Non
         assert (answer.status_code, told in sentence(answer)) == (code, True), (body[:40], answer.text)
 
 
-@pytest.mark.parametrize("kind", ["image/png", "application/xml", "multipart/form-data; boundary=x", "text/html"])
+@pytest.mark.parametrize("kind", ["image/png", "application/xml", "multipart/mixed; boundary=x", "text/html"])
 def test_foreign_content_type_is_told(client: httpx.Client, kind: str) -> None:
     answer = client.post("/invocations", content=b"x", headers={"content-type": kind})
 

@@ -111,6 +111,18 @@ def test_n_candidates_come_best_first(answer: Any) -> None:
     assert all(other["generated_text"].startswith(PROMPT) for other in others)
 
 
+def test_streamed_candidates_are_those_of_the_whole_answer(told: Any, answer: Any) -> None:
+    words = {"n": 3, "do_sample": True, "seed": 5, "temperature": 2.0}
+
+    lines = told({"inputs": PROMPT, "stream": True, "parameters": {"max_new_tokens": 8, "ignore_eos_token": True, **words}})
+
+    found = [json.loads(line) for line in lines.splitlines()]
+    texts = ["".join(line["token"]["text"] for line in found if line["index"] == index) for index in range(3)]
+    whole = answer(**words)
+    assert sorted(texts) == sorted(one["generated_text"] for one in (whole, *whole["details"]["best_of_sequences"]))
+    assert sorted(line["generated_text"] for line in found if "generated_text" in line) == sorted(texts)
+
+
 def test_best_of_returns_the_n_best(answer: Any) -> None:
     words = {"do_sample": True, "seed": 5, "temperature": 2.0}
 

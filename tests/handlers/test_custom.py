@@ -172,7 +172,7 @@ def fail(*values: Any, **more: Any) -> Any:
         (
             Functions(output_formatter=lines),
             {"inputs": "a", "parameters": {"n": 2}},
-            "parameters.n=2 is for whole answers, not for the mod",
+            "parameters.n=2 is more than the model's own can tell apart",
         ),
         (
             Functions(output_formatter=lines),

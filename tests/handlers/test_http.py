@@ -249,13 +249,25 @@ def test_model_is_found_by_every_route(path: str) -> None:
     assert call(FakeHost(), "POST", path, json={}).status_code == 200
 
 
+PART = b'--x\r\nContent-Disposition: form-data; name="model_name"\r\n\r\n%s\r\n--x--'
+
+
 @pytest.mark.parametrize(
-    ("body", "code"), [(b"inputs=x&model_name=te%73t", 200), (b"model_name=other&inputs=x", 404), (b"inputs=x", 200)]
+    ("kind", "body", "code"),
+    [
+        ("application/x-www-form-urlencoded", b"inputs=x&model_name=te%73t", 200),
+        ("application/x-www-form-urlencoded", b"model_name=other&inputs=x", 404),
+        ("application/x-www-form-urlencoded", b"inputs=x", 200),
+        ("application/x-www-form-urlencoded", b"model_name=%ff", 200),
+        ("multipart/form-data; boundary=x", PART % b"test", 200),
+        ("multipart/form-data; boundary=x", PART % b"other", 404),
+        ("multipart/form-data", PART % b"other", 200),
+    ],
 )
-def test_form_may_name_its_model(body: bytes, code: int) -> None:
+def test_form_may_name_its_model(kind: str, body: bytes, code: int) -> None:
     host = FakeHost()
 
-    answer = call(host, "POST", "/invocations", content=body, headers={"content-type": "application/x-www-form-urlencoded"})
+    answer = call(host, "POST", "/invocations", content=body, headers={"content-type": kind})
 
     assert answer.status_code == code
     assert code != 200 or host.asked[1].pairs == [("data", body)]

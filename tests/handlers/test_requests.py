@@ -340,9 +340,22 @@ def test_best_of_below_n_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])
-def test_several_candidates_do_not_stream(name: str) -> None:
-    with pytest.raises(RequestError, match=rf"parameters\.{name}=2 is for whole answers, not for jsonlines"):
-        parsed({"inputs": "a", "stream": True, "parameters": {name: 2}})
+def test_raw_text_is_of_one_candidate(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"parameters\.{name}=2 is more than none can tell apart"):
+        parsed({"inputs": "a", "parameters": {name: 2, "output_formatter": "none"}})
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_several_candidates_stream(name: str) -> None:
+    found = parsed({"inputs": "a", "stream": True, "parameters": {name: 2}})
+
+    assert (type(found.formatter), found.requests[0].params.n) == (JsonLines, 2)
+
+
+@pytest.mark.parametrize("form", ["jsonlines", "sse", "none", "jsonlines_chat", "sse_chat"])
+def test_best_of_more_than_n_does_not_stream(form: str) -> None:
+    with pytest.raises(RequestError, match=r"parameters\.best_of=3 must equal n=1 where tokens are sent as they come"):
+        parsed({"inputs": "a", "parameters": {"n": 1, "best_of": 3, "output_formatter": form}})
 
 
 def test_too_many_inputs_are_refused() -> None:

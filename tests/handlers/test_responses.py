@@ -124,6 +124,18 @@ def test_end_without_a_token_still_has_a_line() -> None:
     assert (last["token"]["id"], last["generated_text"]) == (-1, "He")
 
 
+def test_lines_of_several_candidates_tell_whose_they_are() -> None:
+    form = JsonLines(Wishes(prompt="p", num_candidates=2))
+
+    told = lines(whole(form, said(HE), said(WORLD, index=1, done="length"), said(END, done="eos_token")))
+
+    assert [(line["index"], line["token"]["id"], line.get("generated_text")) for line in told] == [
+        (0, 244, None),
+        (1, 4558, ' "wörld"\n'),
+        (0, 2, "He"),
+    ]
+
+
 def test_sse_events_are_the_jsonlines_lines() -> None:
     events = whole(Sse(Wishes(prompt="p", details=True)), *HELLO)
 
@@ -168,6 +180,17 @@ def test_error_in_mid_stream_is_a_last_line() -> None:
             "details": {"finish_reason": "error"},
         }
     ]
+
+
+def test_error_ends_each_candidate_that_was_open() -> None:
+    form = JsonLines(Wishes(prompt="p", num_candidates=3))
+    form.push(said(HE, done="length"))
+    form.push(said(WORLD, index=1))
+
+    told = lines(form.error(StepError("step 7 failed")).text)
+
+    assert [(line["index"], line["generated_text"]) for line in told] == [(1, ' "wörld"\n'), (2, "")]
+    assert {line["details"]["finish_reason"] for line in told} == {"error"}
 
 
 def test_sse_error_in_mid_stream_is_an_event() -> None:
