@@ -1,6 +1,6 @@
 """A request through a model's own functions: what its @input_formatter reads, and the answer that its @output_formatter writes.
 
-The function that writes is called once a token; the answer is what it returned, joined.
+The function that writes is called once a token, as its signature wants it; the answer is what it returned, joined.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lmi_dist import LmiError, Output, RequestError, Token
 from lmi_dist_handler.formatter import Candidate, Formatter, finite
+from lmi_dist_handler.model_py import num_arguments
 from lmi_dist_handler.request_io import Sequence, TextGenerationOutput, TextInput
 from lmi_dist_handler.request_io import Token as DjlToken
 from lmi_dist_handler.responses import told_reason
@@ -45,7 +46,7 @@ class CustomFormatter(Formatter):
 
     def __init__(self, function: Callable[..., Any], asked: Any) -> None:
         super().__init__(1)
-        self._function = function
+        self._function = _taking_output(function)
         self._output = TextGenerationOutput(getattr(asked, "request_id", 0), asked)
 
     def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
@@ -80,6 +81,28 @@ class CustomFormatter(Formatter):
 
     def _end(self) -> str:
         return ""
+
+
+def _taking_output(function: Callable[..., Any]) -> Callable[[TextGenerationOutput], Any]:
+    """The function itself, or one of DJL 0.26 or 0.27 with what it takes: the next token, whether it is the first and the last,
+    details, the text, and from 0.27 on the request's id (contract 7.8)."""
+    count = num_arguments(function)
+    return function if count == 1 else lambda output: function(*_taken_apart(output)[:count])
+
+
+def _taken_apart(output: TextGenerationOutput) -> tuple[Any, ...]:
+    sequence = output.sequences[output.best_sequence_index]
+    token, is_first, is_last = sequence.get_next_token()
+    assert token is not None, "called once a token"
+    token.request_id = output.request_id
+    asked = output.input
+    details = {
+        "finish_reason": sequence.finish_reason, "tokens": output.get_tokens_as_dict(), "generated_tokens": len(sequence.tokens),
+        "inputs": asked.input_text, "parameters": asked.parameters, "prompt_tokens": len(asked.input_ids),
+    }  # fmt: skip
+    prompt = asked.input_text if asked.parameters.get("return_full_text") else ""
+    text = prompt + "".join(one.text for one in sequence.tokens) if is_last else prompt
+    return token, is_first, is_last, details if asked.parameters.get("details") else {}, text, output.request_id
 
 
 def text_input(prompt: str, parameters: Mapping[str, Any], tokenizer: Any, *, tgi_compat: bool) -> TextInput:

@@ -3,8 +3,10 @@
 model.py imports djl_python, which is there only inside DJL; else modules of that name with what formatters need stand in for it.
 """
 
+import contextlib
 import csv
 import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -18,6 +20,7 @@ from lmi_dist import ConfigError
 from lmi_dist_handler import request_io
 from lmi_dist_handler.wire import Input, Output
 
+NUM_ARGUMENTS = (1, 6, 5)  # that a function may take which writes answers: DJL 0.28 and later, 0.27, 0.26
 MARKS = ("is_input_formatter", "is_output_formatter")
 
 
@@ -36,7 +39,7 @@ def given(properties: Mapping[str, Any]) -> Functions:
     """What DJL has found in model.py and handed over among the init properties."""
     named = {name: properties.get(name) for name in ("input_formatter", "output_formatter")}
     found = {name: function for name, function in named.items() if callable(function)}
-    return Functions(**found) if found else NONE
+    return _checked(Functions(**found)) if found else NONE
 
 
 def load(folder: Path, is_allowed: bool | None) -> Functions:
@@ -53,7 +56,29 @@ def load(folder: Path, is_allowed: bool | None) -> Functions:
         raise ConfigError(
             f"{path} has no function with @input_formatter or @output_formatter; write one, or leave allow_model_py out"
         )
-    return Functions(*(functions[-1] if functions else None for functions in found))
+    return _checked(Functions(*(functions[-1] if functions else None for functions in found)))
+
+
+def num_arguments(function: Callable[..., Any]) -> int:
+    """How many a function that writes answers takes, of NUM_ARGUMENTS. Raises ConfigError for any other."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # built in
+        return 1
+    for count in NUM_ARGUMENTS:
+        with contextlib.suppress(TypeError):
+            signature.bind(*range(count))
+            return count
+    raise ConfigError(
+        f"the output formatter {getattr(function, '__name__', function)}{signature} must take one argument, the request's output, "
+        "or the five or six that DJL 0.26 and 0.27 give"
+    )
+
+
+def _checked(functions: Functions) -> Functions:
+    if functions.output_formatter is not None:
+        num_arguments(functions.output_formatter)
+    return functions
 
 
 def _check_unmarked(path: Path, is_allowed: bool | None) -> None:

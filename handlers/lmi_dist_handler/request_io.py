@@ -31,6 +31,7 @@ class Token:
     log_prob: float | None = None
     special_token: bool | None = None
     error_msg: str | None = None
+    request_id: int | None = None  # told only to functions of before 0.28
 
     def as_dict(self) -> dict[str, Any]:
         more = {"special_token": self.special_token, "error_msg": self.error_msg}

@@ -65,6 +65,41 @@ def test_writer_is_called_once_a_token() -> None:
     assert request.params.logprobs == 0
 
 
+def of_26(token: Any, first_token: Any, last_token: Any, details: Any, generated_tokens: Any) -> str:
+    return json.dumps([token.text, first_token, last_token, details.get("finish_reason"), generated_tokens]) + "\n"
+
+
+def of_27(token: Any, first_token: Any, last_token: Any, details: Any, generated_text: Any, id: Any) -> str:
+    assert token.request_id == id == 0
+    return of_26(token, first_token, last_token, details, generated_text)
+
+
+@pytest.mark.parametrize("function", [of_26, of_27])
+@pytest.mark.parametrize(("prefix", "reason"), [("", None), ("hi", "length")], ids=["plain", "details"])
+def test_writer_of_before_28_gets_what_it_takes(function: Callable[..., str], prefix: str, reason: str | None) -> None:
+    wishes = {"details": bool(reason), "return_full_text": bool(prefix)}
+    found = parsed({"inputs": "hi", "parameters": wishes}, Functions(output_formatter=function))
+    (request,) = found.requests
+
+    text = found.formatter.push(said(request.id, HE)) + found.formatter.push(said(request.id, LLO, done="length"))
+
+    assert [json.loads(line) for line in text.splitlines()] == [
+        ["He", True, False, None, prefix],
+        ["llo", False, True, reason, prefix + "Hello"],
+    ]
+
+
+def test_details_of_before_28_tell_the_request() -> None:
+    seen: list[Any] = []
+    function = lambda token, first, last, details, text: seen.append(details) or ""  # noqa: E731
+    found = parsed({"inputs": "hi", "parameters": {"details": True}}, Functions(output_formatter=function))
+
+    found.formatter.push(said(found.requests[0].id, HE, done="length"))
+
+    told = {"finish_reason": "length", "generated_tokens": 1, "inputs": "hi", "parameters": {"details": True}, "prompt_tokens": 2}
+    assert seen == [{**told, "tokens": [{"id": 5, "text": "He", "log_prob": -0.25}]}]
+
+
 def test_end_without_a_token_is_told() -> None:
     found = parsed({"inputs": "hi"}, Functions(output_formatter=lines))
 

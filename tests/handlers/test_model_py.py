@@ -93,6 +93,10 @@ def test_formatters_that_nobody_has_allowed_are_refused(tmp_path: Path) -> None:
         (None, r"option\.allow_model_py=true, but .*model\.py does not exist"),
         ("x = 1", r"model\.py has no function with @input_formatter or @output_formatter"),
         ("import nowhere_at_all", r"model\.py cannot be run: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        (
+            BOTH.replace("request_output:", "a, b, request_output:"),
+            r"the output formatter write\(a, b, request_output: .*must take one",
+        ),
         ("def (", r"model\.py cannot be run: SyntaxError"),
     ],
 )
