@@ -10,8 +10,9 @@ from lmi_dist import ops, quant
 from lmi_dist.batch import build
 from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.kv_cache import KVCache, MemoryPlan
+from lmi_dist.link import Link
 from lmi_dist.models import Model, model_class
-from lmi_dist.parallel import Ranks
+from lmi_dist.parallel import Heads
 from lmi_dist.plan import Plan
 from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
 
@@ -21,17 +22,18 @@ logger = logging.getLogger(__name__)
 class Runner:
     """One rank's model with its cache."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, link: Link | None = None) -> None:
         """Load the weights. Raises CheckpointError before the first byte is read if the files are not what `model` promises,
         ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
-        self.ranks = ranks or Ranks.of_environment()
+        link = link or Link()
         _share_cpus(ops.select(config.kernels, config.cpu_threads), config.cpu_threads)
         checkpoint = Checkpoint(model.folder)
         kind = quant.format_of(model, config.quantize)
-        inventory = Inventory(checkpoint, memory.torch_dtype, self.ranks, kind)
+        inventory = Inventory(checkpoint, memory.torch_dtype, link, kind)
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
-        self.model = _load(model, checkpoint, memory, self.ranks, kind, inventory.num_bytes)
-        self.cache = KVCache(memory, model.num_layers, model.num_kv_heads // self.ranks.size, model.head_dim)
+        self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes)
+        heads = Heads.share(link.ranks, model.num_heads, model.num_kv_heads, model.head_dim)
+        self.cache = KVCache(memory, model.num_layers, len(heads.key), model.head_dim)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor:
@@ -43,10 +45,10 @@ class Runner:
         return self.model.cache_regime(prompt_length)
 
 
-def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, ranks: Ranks, kind: str, num_bytes: int) -> Model:
+def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, link: Link, kind: str, num_bytes: int) -> Model:
     started = time.monotonic()
     with Progress(f"loading {model.folder.name}", num_bytes) as progress, torch.inference_mode():
-        weights = Weights(checkpoint, memory.torch_dtype, ranks, kind, advance=progress.advance)
+        weights = Weights(checkpoint, memory.torch_dtype, link, kind, advance=progress.advance)
         built = model_class(model.architecture)(model, weights, memory.max_model_len)
     seconds = time.monotonic() - started
     logger.info("%s: %.2f GB in %.1f s as %s", model.architecture, checkpoint.size_bytes / 1e9, seconds, memory.dtype)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lmi_dist.errors import CheckpointError
 from lmi_dist.fetch import Progress, fetch
+from lmi_dist.link import Link
 from lmi_dist.parallel import Ranks
 
 __all__ = ["Checkpoint", "Inventory", "Progress", "TensorInfo", "Weights", "fetch"]
@@ -105,15 +106,19 @@ class Weights:
         self,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        ranks: Ranks,
+        link: Link,
         kind: str = "unquantized",
         *,
         advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        self.checkpoint, self.dtype, self.ranks = checkpoint, dtype, ranks
+        self.checkpoint, self.dtype, self.link = checkpoint, dtype, link
         self.format = kind  # a row of quant's table
         self._advance = advance
         self._buffer = torch.empty(0, dtype=dtype)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.link.ranks
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
@@ -153,8 +158,8 @@ class Inventory(Weights):
     """Weights that read nothing. A model built from it, and thrown away, tells all that the checkpoint lacks before the first
     byte is loaded: see `verify`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, ranks: Ranks, kind: str = "unquantized") -> None:
-        super().__init__(checkpoint, dtype, ranks, kind)
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, link: Link, kind: str = "unquantized") -> None:
+        super().__init__(checkpoint, dtype, link, kind)
         self.num_bytes = 0  # that building the model reads; a tied embedding is read twice
         self._asked: set[str] = set()
         self._missing: list[str] = []

@@ -21,6 +21,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 ENGINE_LEVELS = (
     ("errors",),
     ("config", "request", "plan", "ops", "parallel", "fetch"),
+    ("link",),
     ("blocks", "weights"),
     ("kv_cache",),
     ("batch",),

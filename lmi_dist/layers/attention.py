@@ -4,16 +4,17 @@ import torch
 
 from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
+from lmi_dist.parallel import Heads
 
 
 class PagedAttention:
     """softmax(scale q k^T) v over all keys of each sequence (Vaswani et al. 2017; blocks: Kwon et al. 2023). Query heads share key
-    heads in groups of H // K. `window`: keys that a token sees, itself included; 0: all."""
+    heads in groups of H // K; `heads` are those of this rank. `window`: keys that a token sees, itself included; 0: all."""
 
-    def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, *, window: int = 0) -> None:
-        self.layer, self.head_dim, self.window = layer, head_dim, window
-        self.first_key, self.first_value = num_heads, num_heads + num_kv_heads
-        self.scale = head_dim**-0.5
+    def __init__(self, layer: int, heads: Heads, *, window: int = 0) -> None:
+        self.layer, self.head_dim, self.window = layer, heads.size, window
+        self.first_key, self.first_value = len(heads.query), len(heads.query) + len(heads.key)
+        self.scale = heads.size**-0.5
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""

@@ -5,39 +5,40 @@ import torch
 from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.layers.linear import Linear
-from lmi_dist.parallel import Ranks
+from lmi_dist.link import Link
 from lmi_dist.weights import Weights
 
 
 class Embedding:
     """Rows of a table [V,E], of which each rank holds some of the vocabulary."""
 
-    def __init__(self, table: torch.Tensor, first_id: int, ranks: Ranks) -> None:
-        self.table, self.first_id, self.ranks = table, first_id, ranks
+    def __init__(self, table: torch.Tensor, first_id: int, link: Link) -> None:
+        self.table, self.first_id, self.link = table, first_id, link
 
     @classmethod
     def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int) -> "Embedding":
         mine = weights.ranks.slice(vocab_size, "vocab_size")
-        return cls(weights.tensor(f"{prefix}.weight", (vocab_size, hidden_size), mine), mine.start, weights.ranks)
+        return cls(weights.tensor(f"{prefix}.weight", (vocab_size, hidden_size), mine), mine.start, weights.link)
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """[T,E]; what a batch brings as embeddings is taken as it is."""
         if batch.embeddings is not None:
             return batch.embeddings
-        return self.ranks.all_reduce(ops.embedding(batch.ids, self.table, first_id=self.first_id))
+        return self.link.all_reduce(ops.embedding(batch.ids, self.table, first_id=self.first_id))
 
 
 class Head:
-    """Logits of the wanted rows only, in fp32: the sampler compares them, and bf16 would make ties."""
+    """Logits of the wanted rows only, in fp32: the sampler compares them, and bf16 would make ties. Each rank works out its part
+    of the vocabulary, rank 0 gets all."""
 
-    def __init__(self, linear: Linear) -> None:
-        self.linear = linear
+    def __init__(self, linear: Linear, link: Link) -> None:
+        self.linear, self.link = linear, link
 
     @classmethod
     def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int) -> "Head":
         """`prefix` is the embedding's where the two are tied: the head then packs a copy of its own."""
-        return cls(Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size]))
+        return cls(Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size]), weights.link)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """x: [R,E]; gives fp32 [R,V]."""
-        return self.linear(x, batch, out_dtype=torch.float32)
+        """x: [R,E]; gives fp32 [R,V] on rank 0, on the others their part of it."""
+        return self.link.gather(self.linear(x, batch, out_dtype=torch.float32))

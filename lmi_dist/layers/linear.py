@@ -8,7 +8,7 @@ import torch
 
 from lmi_dist import ops, quant
 from lmi_dist.batch import ForwardBatch
-from lmi_dist.parallel import Ranks
+from lmi_dist.link import Link
 from lmi_dist.quant import LinearWeight, Piece
 from lmi_dist.weights import Weights
 
@@ -20,8 +20,8 @@ Split = Literal["outputs", "inputs"]
 class Linear:
     """y = W x + b. x: [T,E]; gives [T,F] on this rank."""
 
-    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None, split: Split, ranks: Ranks) -> None:
-        self.weight, self.bias, self.split, self.ranks = weight, bias, split, ranks
+    def __init__(self, weight: LinearWeight, bias: torch.Tensor | None, split: Split, link: Link) -> None:
+        self.weight, self.bias, self.split, self.link = weight, bias, split, link
 
     @classmethod
     def load(
@@ -32,22 +32,27 @@ class Linear:
         *,
         inputs: int,
         outputs: Sequence[int],
+        parts: Sequence[slice] | None = None,
         bias: bool = False,
         gated: bool = False,
     ) -> "Linear":
-        """Fuse the linears `prefixes`, whose whole sizes are [outputs[i],inputs]. `gated`: gate and up projection, of which the
-        forward gives act(gate) * up. Raises CheckpointError, and ConfigError if the ranks cannot share a size evenly."""
+        """Fuse the linears `prefixes`, whose whole sizes are [outputs[i],inputs]. `parts`: what this rank takes of each prefix's
+        outputs (one prefix may come several times with different ones), or [slice of the inputs]; unset: an equal share. `gated`:
+        gate and up projection, of which the forward gives act(gate) * up. Raises CheckpointError, and ConfigError if there is not
+        something for each rank."""
         ranks = weights.ranks
-        by_rows = split == "outputs"
-        parts = [ranks.slice(size, prefix) if by_rows else slice(0, size) for prefix, size in zip(prefixes, outputs, strict=True)]
-        offsets = [0, *accumulate(part.stop - part.start for part in parts)]
-        columns = slice(0, inputs) if by_rows else ranks.slice(inputs, prefixes[0])
+        if split == "inputs":
+            rows, columns = [slice(0, size) for size in outputs], parts[0] if parts else ranks.slice(inputs, prefixes[0])
+        else:
+            rows = list(parts or [ranks.slice(size, prefix) for prefix, size in zip(prefixes, outputs, strict=True)])
+            columns = slice(0, inputs)
+        offsets = [0, *accumulate(part.stop - part.start for part in rows)]
         pieces = [
             Piece(prefix, size, inputs, part, offset)
-            for prefix, size, part, offset in zip(prefixes, outputs, parts, offsets, strict=False)
+            for prefix, size, part, offset in zip(prefixes, outputs, rows, offsets[:-1], strict=True)
         ]
         weight = quant.load(weights, pieces, columns, gated=gated)
-        return cls(weight, _load_bias(weights, pieces) if bias else None, split, ranks)
+        return cls(weight, _load_bias(weights, pieces) if bias else None, split, weights.link)
 
     def __call__(
         self,
@@ -59,8 +64,8 @@ class Linear:
     ) -> torch.Tensor:
         if self.split == "outputs":
             return self.weight(x, bias=self.bias, activation=activation, out_dtype=out_dtype)
-        bias = self.bias if self.ranks.rank == 0 else None  # the sum over ranks must hold it once
-        return self.ranks.all_reduce(self.weight(x, bias=bias, activation=activation, out_dtype=out_dtype))
+        bias = self.bias if self.link.ranks.rank == 0 else None  # the sum over ranks must hold it once
+        return self.link.all_reduce(self.weight(x, bias=bias, activation=activation, out_dtype=out_dtype))
 
 
 def _load_bias(weights: Weights, pieces: list[Piece]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.mlp import ACTIVATIONS, GatedMLP
 from lmi_dist.layers.norm import RMSNorm
 from lmi_dist.layers.rotary import rotary
+from lmi_dist.parallel import Heads
 from lmi_dist.weights import Weights
 
 
@@ -19,20 +20,26 @@ class Attention:
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, window: int) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         bias = config.keys.boolean("attention_bias", default=False)
-        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        heads = Heads.share(weights.ranks, config.num_heads, config.num_kv_heads, config.head_dim)
         self.qkv = Linear.load(
             weights,
             [f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj"],
             "outputs",
             inputs=config.hidden_size,
-            outputs=[heads * size, kv_heads * size, kv_heads * size],
+            outputs=[size * config.head_dim for size in (config.num_heads, config.num_kv_heads, config.num_kv_heads)],
+            parts=[heads.query_features, heads.key_features, heads.key_features],
             bias=bias,
         )
         self.out = Linear.load(
-            weights, [f"{prefix}.o_proj"], "inputs", inputs=heads * size, outputs=[config.hidden_size], bias=bias
+            weights,
+            [f"{prefix}.o_proj"],
+            "inputs",
+            inputs=config.num_heads * config.head_dim,
+            outputs=[config.hidden_size],
+            parts=[heads.query_features],
+            bias=bias,
         )
-        ranks = weights.ranks.size
-        self.attend = PagedAttention(layer, heads // ranks, kv_heads // ranks, size, window=window)
+        self.attend = PagedAttention(layer, heads, window=window)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         return self.out(self.attend(self.qkv(x, batch), batch), batch)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmi_dist.errors import CheckpointError
-from lmi_dist.parallel import Ranks
+from lmi_dist.link import Link
 from lmi_dist.weights import Checkpoint, Inventory, Weights
 
 TENSORS = {"a.weight": torch.arange(12.0).view(4, 3), "b.weight": torch.ones(5, dtype=torch.float16), "c.bias": torch.zeros(2)}
@@ -44,7 +44,7 @@ KINDS = pytest.mark.parametrize("write", [write_one, write_shards, write_bin, wr
 
 
 def weights(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
-    return Weights(Checkpoint(folder), dtype, Ranks())
+    return Weights(Checkpoint(folder), dtype, Link())
 
 
 # ---- files ----
@@ -175,8 +175,8 @@ def test_pieces_join_to_the_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_inventory_knows_what_will_be_read(tmp_path: Path) -> None:
     write_one(tmp_path)
     done: list[int] = []
-    made = Weights(Checkpoint(tmp_path), torch.float32, Ranks(), advance=done.append)
-    inventory = Inventory(made.checkpoint, torch.float32, Ranks())
+    made = Weights(Checkpoint(tmp_path), torch.float32, Link(), advance=done.append)
+    inventory = Inventory(made.checkpoint, torch.float32, Link())
 
     for weights_of in (inventory, made):
         for name, x in TENSORS.items():
@@ -199,7 +199,7 @@ def test_unexpected_tensor_stops_loading(tmp_path: Path, name: str, shape: tuple
 
 def test_inventory_tells_all_that_is_wrong_at_once(tmp_path: Path) -> None:
     write_one(tmp_path)
-    inventory = Inventory(Checkpoint(tmp_path), torch.float32, Ranks())
+    inventory = Inventory(Checkpoint(tmp_path), torch.float32, Link())
     inventory.tensor("a.weight", (3, 4))
     for number in range(7):
         inventory.tensor(f"layers.{number}", (2,))
@@ -215,7 +215,7 @@ def test_inventory_tells_all_that_is_wrong_at_once(tmp_path: Path) -> None:
 
 def test_inventory_of_a_right_checkpoint_is_content(tmp_path: Path) -> None:
     write_one(tmp_path)
-    inventory = Inventory(Checkpoint(tmp_path), torch.float32, Ranks())
+    inventory = Inventory(Checkpoint(tmp_path), torch.float32, Link())
 
     for name, x in TENSORS.items():
         inventory.tensor(name, tuple(x.shape))

@@ -17,7 +17,7 @@ from lmi_dist.layers.embedding import Embedding, Head
 from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.mlp import ACTIVATIONS, GatedMLP
 from lmi_dist.layers.norm import LayerNorm, RMSNorm
-from lmi_dist.parallel import Ranks
+from lmi_dist.link import Link
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.weights import Checkpoint, Weights
 
@@ -48,7 +48,7 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def weights(tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Weights:
     save_file(tensors, tmp_path / "model.safetensors")
-    return Weights(Checkpoint(tmp_path), dtype, Ranks())
+    return Weights(Checkpoint(tmp_path), dtype, Link())
 
 
 @pytest.fixture
