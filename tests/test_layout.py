@@ -34,9 +34,11 @@ ENGINE_LEVELS = (
 )
 HANDLER_LEVELS = (
     (
+        "background",
         "bench_work",
         "cache",
         "demo_text",
+        "dialects",
         "fields",
         "formatter",
         "logs",
@@ -56,8 +58,8 @@ HANDLER_LEVELS = (
     ("connection", "openai_requests", "registry", "streamed"),
     ("requests",),
     ("openapi", "streaming"),
-    ("management",),
-    ("http",),
+    ("management", "rolling_batch", "whole_batch"),
+    ("http", "served"),
     ("server",),
     ("__init__", "cli"),
     ("bench", "demo"),

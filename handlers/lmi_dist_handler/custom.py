@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from lmi_dist import LmiError, Output, RequestError, Token
+from lmi_dist_handler.dialects import LmiDialect
 from lmi_dist_handler.formatter import Candidate, Formatter, finite
 from lmi_dist_handler.model_py import num_arguments
 from lmi_dist_handler.request_io import Sequence, TextGenerationOutput, TextInput
 from lmi_dist_handler.request_io import Token as DjlToken
-from lmi_dist_handler.responses import told_reason
 
 END = DjlToken(-1, "", -1.0, True)  # DJL's stand-in where a candidate ends without one more token
 
@@ -44,8 +44,9 @@ class CustomFormatter(Formatter):
 
     content_type: ClassVar[str] = ""
 
-    def __init__(self, function: Callable[..., Any], asked: Any) -> None:
+    def __init__(self, function: Callable[..., Any], asked: Any, dialect: LmiDialect) -> None:
         super().__init__(1)
+        self._dialect = dialect
         self._function = _taking_output(function)
         self._output = TextGenerationOutput(getattr(asked, "request_id", 0), asked)
 
@@ -66,7 +67,7 @@ class CustomFormatter(Formatter):
         if tops:
             sequence.top_tokens.append(tops)
         if is_newest and candidate.finish_reason is not None:
-            sequence.finish_reason = told_reason(candidate)
+            sequence.finish_reason = self._dialect.reason(candidate.finish_reason)
             self._output.finished = True
         return self._call()
 

@@ -38,11 +38,12 @@ class UnavailableError(LmiError):
 
 
 class Told(NamedTuple):
-    """An error as a client hears it: status, sentence, and the text that goes into the body."""
+    """An error as a client hears it: status, sentence, and the text that goes into the body, which alone tells it if `in_form`."""
 
     code: int
     message: str
     text: str
+    in_form: bool = False
 
 
 def dialect_of_route(path: str) -> Dialect:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from logging.handlers import MemoryHandler
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
+HOST_MARKS = ("Python engine started.", "[METRICS]", "ModelServerTelemetry:")  # what DJL's host reads out of a worker's lines
 EARLY_RECORDS = 10_000  # kept at most until the format is known
 
 
@@ -55,3 +56,29 @@ def early() -> Iterator[Early]:
     except BaseException:
         kept.use("text")
         raise
+
+
+class Defuse(logging.Filter):
+    """Takes the last letter off what DJL's host would act on: a client's own text may be in a record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = _defused(record.exc_text or "") or None
+        message = record.getMessage()
+        if _defused(message) != message:
+            record.msg, record.args = _defused(message), ()
+        return True
+
+
+def defuse(handlers: Iterable[logging.Handler]) -> None:
+    """Let no handler write a line that means something to DJL's host."""
+    for handler in handlers:
+        if not any(isinstance(one, Defuse) for one in handler.filters):
+            handler.addFilter(Defuse())
+
+
+def _defused(text: str) -> str:
+    for mark in HOST_MARKS:
+        text = text.replace(mark, mark[:-1])
+    return text

@@ -53,7 +53,7 @@ ENGINE = {
 
 PLAIN_ENGINE = ("reserved_memory_mb",)  # the same, without `option.`, as DJL calls them
 
-HANDLER = ("rolling_batch", "output_formatter", "tgi_compat", "allow_model_py")
+HANDLER = ("rolling_batch", "enable_streaming", "output_formatter", "tgi_compat", "allow_model_py")
 
 HOST = {
     "engine": "engine",
@@ -124,7 +124,6 @@ IGNORED = {
     "option.use_passive_workers": "rank 0 always decides",
     "option.parallel_loading": "models load one after the other, so that each plans with the memory that is left",
     "option.modelName": "there is no file name to choose",
-    "option.enable_streaming": "the request's `stream` decides",
     "option.device_id": "tensor_parallel_degree and the visible devices decide",
     "option.device_map": "tensor_parallel_degree decides where weights lie",
     "option.low_cpu_mem_usage": "weights are always memory-mapped",
@@ -167,7 +166,7 @@ def _table() -> dict[str, Option]:
 OPTIONS: dict[str, Option] = _table()
 
 # what a DJL worker finds among its properties beside a model's own words (contract 3.5)
-WORKER_PROPERTIES = ("handler", "model_dir", "model_name", "device_id", "request_tracking_id")
+WORKER_PROPERTIES = ("handler", "model_dir", "model_name", "device_id", "request_tracking_id", "djl_version")
 
 # read under these names from config.properties, SERVING_* and the command line
 SERVER_FIELDS = (

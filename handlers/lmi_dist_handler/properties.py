@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lmi_dist import ConfigError, EngineConfig
+from lmi_dist_handler.dialects import OURS, LmiDialect
 from lmi_dist_handler.load_models import Entry, absolute, canonical_engine, check_own_checkpoint, entries, folder_as_model
 from lmi_dist_handler.options import FORMATTERS, OPTIONS, SECRETS, SERVER_FIELDS, UNBUILT_FORMATTERS, WORKER_PROPERTIES
 from lmi_dist_handler.registration import registration, store_of
@@ -26,7 +27,7 @@ from lmi_dist_handler.words import Word, argument_words, environment_words, file
 
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 OF_MODEL_PY = ("input_formatter", "output_formatter")  # DJL hands over functions under these names; model_py.py takes them
-OURS = ("lmi-dist", "vllm", "auto")  # values of rolling_batch that mean this engine
+ENGINES = ("lmi-dist", "vllm", "auto")  # values of rolling_batch that mean this engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ def load(model_dir: Path | None, environ: Mapping[str, str] = os.environ, argume
     return Settings(settings, models, shared, environ)
 
 
-def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> HandlerConfig:
-    """What a worker makes of its init request. Same table and rules; a word that is unknown here only warns, because DJL
-    hands on all that a model's file holds, its own words too. Raises ConfigError."""
+def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.environ, dialect: LmiDialect = OURS) -> HandlerConfig:
+    """What a worker makes of its init request, for a host that speaks `dialect`. Same table and rules; a word that is unknown here
+    only warns, because DJL hands on all that a model's file holds, its own words too. Raises ConfigError."""
     plain = {name: value for name, value in properties.items() if not (name in OF_MODEL_PY and callable(value))}
     words = {_key(name): Word(_text(name, value), _key(name), _key(name)) for name, value in plain.items()}
     own = {key: word for key, word in words.items() if key not in WORKER_PROPERTIES}
@@ -76,7 +77,10 @@ def from_init(properties: Mapping[str, Any], environ: Mapping[str, str] = os.env
     if not _has_model(settled):
         raise ConfigError("option.model_id is missing from the init request")
     name = words["model_name"].value if "model_name" in words else Path(settled["option.model_id"].value).name
-    return _handler_config(settled, name)
+    config = _handler_config(settled, name)
+    if config.rolling_batch == "disable" and config.enable_streaming != "false" and int(properties.get("batch_size", 1)) > 1:
+        raise ConfigError("We cannot enable streaming for dynamic batching")  # DJL's own sentence
+    return config.model_copy(update={"dialect": dialect})
 
 
 def _model(
@@ -99,6 +103,7 @@ def _model(
     if not _has_model(words):
         words["option.model_id"] = folder_as_model(entry)
     settled = _with_queue(resolve_degree(settle(words, inside_djl=False), environ))
+    _check_rolling(settled)
     settled["option.model_id"] = absolute(settled["option.model_id"], folder)
     engine = settled.get("engine")
     return ModelSettings(
@@ -150,18 +155,20 @@ def _handler_config(words: Mapping[str, Word], model_name: str) -> HandlerConfig
     engine = {OPTIONS[key].field: word for key, word in words.items() if OPTIONS[key].reader == "engine"}
     config = EngineConfig.of(_values(engine), {name: str(word) for name, word in engine.items()})
     own = {OPTIONS[key].field: word for key, word in words.items() if OPTIONS[key].reader == "handler"}
-    own.pop("rolling_batch", None)  # checked above; all of its values mean this engine
     return _validated(HandlerConfig, own, {"engine": config, "model_name": model_name})
 
 
 def _check_rolling_batch(words: Mapping[str, Word]) -> None:
+    word = words.get("option.rolling_batch")
+    if word is not None and word.value.lower() not in (*ENGINES, "disable"):
+        raise ConfigError(f"{word}={word.value!r} is not this engine; use {' or '.join(ENGINES)}")
+
+
+def _check_rolling(words: Mapping[str, Word]) -> None:
+    """In our own host requests are always batched as they come."""
     word, is_async = words.get("option.rolling_batch"), words.get("option.async_mode")
-    if word is None or word.value.lower() in OURS:
-        return
-    if word.value.lower() != "disable":
-        raise ConfigError(f"{word}={word.value!r} is not this engine; use {' or '.join(OURS)}")
-    if is_async is None or is_async.value.lower() != "true":
-        raise not_built(word, OURS)
+    if word and word.value.lower() == "disable" and not (is_async and is_async.value.lower() == "true"):
+        raise ConfigError(f"{word}={word.value!r} is for DJL's own host; leave it out or use {' or '.join(ENGINES)}")
 
 
 def _check_formatter(words: Mapping[str, Word]) -> None:

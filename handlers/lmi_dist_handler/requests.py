@@ -5,7 +5,7 @@ OpenAI's or of text-generation-inference's.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from lmi_dist_handler.formatter import Formatter, dialect_of_route
 from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.openai_responses import Ask, DjlChat, DjlChatEvents, DjlChatLines
 from lmi_dist_handler.options import FORMATTERS, UNBUILT_FORMATTERS
-from lmi_dist_handler.responses import Json, JsonLines, JsonList, LmiFormatter, RawText, Sse, Wishes
-from lmi_dist_handler.sampling import LMI, Sampling
+from lmi_dist_handler.responses import Json, JsonLines, JsonList, JsonPieces, LmiFormatter, OutputLines, RawText, Sse, Wishes
+from lmi_dist_handler.sampling import LMI, ONE, Sampling
 from lmi_dist_handler.wire import Input
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 30
 MAX_INPUTS = 128
 OWN = "the model's own"  # form of an answer that its @output_formatter writes
+NO_CHAT = (  # DJL's own sentence
+    "chat completions support is not currently available for dynamic batching. You must enable rolling batch to use the chat "
+    "completions format."
+)
 ADAPTER_HEADERS = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 
 STREAMED = ("jsonlines", "sse", "none", "jsonlines_chat", "sse_chat", OWN)
@@ -43,6 +47,16 @@ class Parsed:
     requests: tuple[Request, ...]
     formatter: Formatter
 
+    def seeded(self, seed: int) -> "Parsed":
+        """The same with a host's seed, one more for each prompt behind the first, where the client has given none."""
+        requests = [
+            replace(request, params=request.params.model_copy(update={"seed": seed + place}))
+            if request.params.seed is None
+            else request
+            for place, request in enumerate(self.requests)
+        ]
+        return replace(self, requests=tuple(requests))
+
 
 def parse_input(inputs: Input, engine: "EngineView", handler: "HandlerConfig", own: Functions = NONE) -> Parsed:
     """Engine requests of a host's request, read and answered by the model's own functions where it has them."""
@@ -57,6 +71,26 @@ def parse_input(inputs: Input, engine: "EngineView", handler: "HandlerConfig", o
     fields = Fields(custom.body_of(asked))
     _refuse_adapters(fields, _headers(properties))
     return _lmi(fields, engine, handler, own, asked)
+
+
+def parse_whole(inputs: Input, engine: "EngineView", handler: "HandlerConfig", own: Functions = NONE) -> Parsed:
+    """The same where rolling batch is off: one prompt or several, answered as a list at the end, or as lines (contract 7.10)."""
+    headers = _headers(inputs.get_properties())
+    fields = Fields(read_body(inputs.get_as_bytes() or b"", headers.get("content-type", ""), is_lmi=True))
+    _refuse_adapters(fields, headers)
+    if "messages" in fields:
+        raise RequestError(NO_CHAT, "messages")
+    prompts, parameters, _ = _lmi_fields(fields)
+    wishes = _wishes(parameters, prompts[0], handler)
+    form = "json" if handler.enable_streaming == "false" else "jsonlines"
+    if form == "jsonlines" and wishes.num_candidates > 1:
+        raise parameters.refuse("n" if "n" in parameters else "best_of", "is for whole answers; leave it out with enable_streaming")
+    requests = _requests(prompts, parameters, _params(parameters, wishes, form, engine))
+    fields.ignore("stream")
+    fields.warn_of_unknown()
+    if form == "jsonlines":
+        return Parsed(requests, OutputLines([one.id for one in requests]))
+    return Parsed(requests, _list_of(requests, wishes))
 
 
 def _headers(properties: Mapping[str, str]) -> dict[str, str]:
@@ -80,7 +114,7 @@ def parse(
         parsed = Parsed(*openai_requests.chat(fields, engine, handler))
     elif dialect == "tgi":
         parsed = Parsed(*tgi_requests.generate(fields, route))
-    elif "messages" in fields:
+    elif "messages" in fields and handler.dialect.has_chat:
         parsed = Parsed(*openai_requests.djl_chat(fields, engine, handler))
     else:
         parsed = _lmi(fields, engine, handler, own)
@@ -99,30 +133,45 @@ def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig", own: Fu
     """inputs, parameters, stream. All prompts of a list have the same parameters. `asked` is what the model's own function has made
     of the body."""
     writer = asked.output_formatter if callable(getattr(asked, "output_formatter", None)) else own.output_formatter
-    is_list = isinstance(fields.take("inputs"), list)
-    prompts = fields.texts("inputs", MAX_INPUTS) if is_list else [fields.text("inputs")]
-    parameters = fields.section("parameters")
-    stream = fields.boolean("stream")
-    fields.ignore("cached_prompt", "model", "model_name")
+    prompts, parameters, is_list = _lmi_fields(fields)
+    stream = handler.dialect.form_by_request and fields.boolean("stream")
     form = _form(parameters, stream, handler, has_writer=writer is not None)
     if is_list and form != "json":
         raise fields.refuse("inputs", f"is a list, which is for whole answers, not for {form}; leave out stream or send one string")
     wishes = _wishes(parameters, prompts[0], handler)
     params = _params(parameters, wishes, form, engine)
-    truncate = parameters.integer("truncate", 1)
-    requests = tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in prompts)
-    parameters.warn_of_unknown()
+    requests = _requests(prompts, parameters, params)
     if form == OWN and writer is not None:
         seen = asked or custom.text_input(prompts[0], parameters.values, engine.tokenizer, tgi_compat=handler.tgi_compat)
-        return Parsed(requests, custom.CustomFormatter(writer, seen))
+        return Parsed(requests, custom.CustomFormatter(writer, seen, handler.dialect))
     if is_list:
-        return Parsed(requests, JsonList({one.id: Json(replace(wishes, prompt=str(one.prompt))) for one in requests}))
+        return Parsed(requests, _list_of(requests, wishes))
     return Parsed(requests, _formatter(form, wishes, requests[0], handler))
+
+
+def _lmi_fields(fields: Fields) -> tuple[list[str], Fields, bool]:
+    """Prompts, parameters, and whether the prompts came as a list."""
+    fields.ignore("cached_prompt", "model", "model_name")
+    is_list = isinstance(fields.take("inputs"), list)
+    prompts = fields.texts("inputs", MAX_INPUTS) if is_list else [fields.text("inputs")]
+    return prompts, fields.section("parameters"), is_list
+
+
+def _requests(prompts: Sequence[str], parameters: Fields, params: SamplingParams) -> tuple[Request, ...]:
+    truncate = parameters.integer("truncate", 1)
+    parameters.warn_of_unknown()
+    return tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in prompts)
+
+
+def _list_of(requests: Sequence[Request], wishes: Wishes) -> JsonList:
+    return JsonList({one.id: Json(replace(wishes, prompt=str(one.prompt))) for one in requests})
 
 
 def _form(parameters: Fields, stream: bool, handler: "HandlerConfig", *, has_writer: bool) -> str:
     """Name of the answer's form: the request's, else the option's, else the model's own, else as `stream` says (contract 7.3)."""
-    wanted = parameters.text("output_formatter", handler.output_formatter or "auto")
+    wanted: str = handler.output_formatter or "auto"
+    if handler.dialect.form_by_request:
+        wanted = parameters.text("output_formatter", wanted)
     if wanted == "auto" and has_writer:
         return OWN
     if wanted == "auto":
@@ -135,9 +184,10 @@ def _form(parameters: Fields, stream: bool, handler: "HandlerConfig", *, has_wri
 
 def _wishes(parameters: Fields, prompt: str, handler: "HandlerConfig") -> Wishes:
     """What the client wants to see of the candidates; best_of without n shows them all."""
-    n, best_of = parameters.integer("n", 1), parameters.integer("best_of", 1)
+    n, best_of = (parameters.integer("n", 1), parameters.integer("best_of", 1)) if handler.dialect.several else (1, 1)
     return Wishes(
         prompt=prompt,
+        dialect=handler.dialect,
         num_candidates=n or best_of or 1,
         details=parameters.boolean("details", handler.tgi_compat),
         return_full_text=parameters.boolean("return_full_text"),
@@ -156,7 +206,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
     parameters.only("num_beams", 1, way_out="leave it out and use best_of")
     parameters.only("use_beam_search", False)
     _check_candidates(parameters, wishes.num_candidates, form)
-    sampling = Sampling(parameters, LMI)
+    sampling = Sampling(parameters, LMI if wishes.dialect.several else ONE)
     sampling.values.setdefault("max_tokens", DEFAULT_NEW_TOKENS)
     if wishes.num_candidates > 1:
         sampling.put("n", wishes.num_candidates, parameters.name("n" if "n" in parameters else "best_of"))
@@ -164,7 +214,7 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
         sampling.values["logprobs"] = _num_alternatives(parameters)
     if (wishes.shows_details or form == OWN) and wishes.decoder_input_details:
         sampling.values["prompt_logprobs"] = parameters.integer("prompt_logprobs", 0) or 0
-    do_sample = parameters.boolean("do_sample")
+    do_sample = parameters.boolean("do_sample", wishes.dialect.sampled_by_default)
     if do_sample:
         sampling.default(engine.model.generation)
     params = sampling.params()
@@ -189,6 +239,8 @@ def _shows_tokens(wishes: Wishes, form: str) -> bool:
 
 
 def _formatter(form: str, wishes: Wishes, request: Request, handler: "HandlerConfig") -> Formatter:
+    if form == "json" and wishes.dialect.json_in_pieces:
+        return JsonPieces(wishes)
     if form in FORMS:
         return FORMS[form](wishes)
     ask = Ask(model=handler.model_name, request_ids=(request.id,), num_candidates=wishes.num_candidates, logprobs=wishes.details)

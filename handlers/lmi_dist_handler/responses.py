@@ -1,13 +1,14 @@
-"""Engine outputs to the LMI schema's answers: json, jsonlines, sse, raw text, as DJL 0.29 has them (contract 7.4 to 7.9).
+"""Engine outputs to the LMI schema's answers: json, jsonlines, sse, raw text, in each version's dialect (contract 7.4 to 7.9).
 
 Of DJL's traps these are set right: any text gives valid JSON, one token a line, `n` and `best_of` apart.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmi_dist import Output, Token, TokenLogprob
+from lmi_dist import Output, StepError, Token, TokenLogprob
+from lmi_dist_handler.dialects import OURS, LmiDialect
 from lmi_dist_handler.formatter import (
     Candidate,
     Dialect,
@@ -25,8 +26,7 @@ __all__ = [
     "refusal",
 ]  # fmt: skip
 
-FINISH_REASONS = {"stop_sequence": "eos_token"}  # from 0.27 on, both are told as eos_token
-NO_TOKEN: dict[str, object] = {"id": -1, "text": "", "log_prob": -1, "special_token": True}  # DJL's stand-in where there is none
+NO_TOKEN = Token(-1, "", -1, is_special=True)  # DJL's stand-in where there is none
 
 
 def dialect_of(properties: Mapping[str, str]) -> Dialect:
@@ -35,16 +35,18 @@ def dialect_of(properties: Mapping[str, str]) -> Dialect:
     return dialect_of_route(route)
 
 
-def refusal(properties: Mapping[str, str], error: Exception) -> Told:
+def refusal(properties: Mapping[str, str], error: Exception, lmi: LmiDialect = OURS) -> Told:
     """Code, message and body for a request that was refused before it had a formatter."""
-    return explained(dialect_of(properties), error)
+    told = explained(dialect_of(properties), error)
+    return told._replace(message=lmi.parse_error + told.message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What an LMI client wants to see. `prompt` is its text."""
+    """What an LMI client wants to see, and in whose words. `prompt` is its text."""
 
     prompt: str
+    dialect: LmiDialect = OURS
     num_candidates: int = 1
     details: bool = False
     return_full_text: bool = False
@@ -69,6 +71,12 @@ class LmiFormatter(Formatter):
     def full_text_prefix(self) -> str:
         return self.wishes.prompt if self.wishes.return_full_text else ""
 
+    def error(self, error: Exception) -> Told:
+        told = super().error(error)
+        if self.wishes.dialect.failed_in_form and isinstance(error, StepError):
+            return told._replace(text=self._broken(told), in_form=True)
+        return told
+
     def _end(self) -> str:
         return ""
 
@@ -76,13 +84,12 @@ class LmiFormatter(Formatter):
         """A token's object (contract 7.6)."""
         if is_tgi:
             return {"id": token.id, "text": token.text, "logprob": finite(token.logprob), "special": token.is_special}
-        shown = {"id": token.id, "text": token.text, "log_prob": finite(token.logprob)}
-        return {**shown, "special_token": True} if token.is_special else shown
+        return self.wishes.dialect.token(token.id, token.text, finite(token.logprob), is_special=token.is_special)
 
     def details(self, candidate: Candidate, is_tgi: bool, *, with_tokens: bool) -> dict[str, Any]:
         """The details object of one candidate."""
         shown: dict[str, Any] = {
-            "finish_reason": told_reason(candidate),
+            "finish_reason": self.wishes.dialect.reason(candidate.finish_reason),
             "generated_tokens": candidate.num_generated_tokens,
             "inputs": self.wishes.prompt,
         }
@@ -92,7 +99,7 @@ class LmiFormatter(Formatter):
             shown["prefill"] = [self.token(token, is_tgi) for token in self.prompt_tokens.get(candidate.request_id, ())]
         if self.wishes.top_tokens:
             shown["top_tokens"] = [self.alternatives(token.top, is_tgi) for token in candidate.tokens]
-        return shown
+        return {name: value for name, value in shown.items() if name in self.wishes.dialect.details}
 
     def alternatives(self, top: Iterable[TokenLogprob], is_tgi: bool) -> list[dict[str, Any]]:
         return [self.token(Token(entry.id, entry.text, entry.logprob), is_tgi) for entry in top]
@@ -119,10 +126,35 @@ class Json(LmiFormatter):
     def _other(self, candidate: Candidate, is_tgi: bool) -> dict[str, Any]:
         return {
             "generated_text": self.full_text_prefix + candidate.text,
-            "finish_reason": told_reason(candidate),
+            "finish_reason": self.wishes.dialect.reason(candidate.finish_reason),
             "generated_tokens": candidate.num_generated_tokens,
             "tokens": [self.token(token, is_tgi) for token in candidate.tokens],
         }
+
+
+class JsonPieces(LmiFormatter):
+    """The same object as it comes, for one candidate: what 0.26 to 0.28 make of `json`."""
+
+    def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
+        return self._begin(is_first) + _escaped(output.text)
+
+    def _begin(self, is_first: bool) -> str:
+        return f'{self._bracket("[")}{{"generated_text": "{_escaped(self.full_text_prefix)}' if is_first else ""
+
+    def _end(self) -> str:
+        (candidate,) = self.candidates.values()
+        details = self.details(candidate, self.wishes.tgi_compat, with_tokens=True) if self.wishes.details else None
+        return self._close(details)
+
+    def _broken(self, told: Told) -> str:
+        return self._begin(not self.candidates) + self._close({"finish_reason": "error"})
+
+    def _close(self, details: Mapping[str, Any] | None) -> str:
+        shown = f', "details": {dumps(details)}' if details else ""
+        return f'"{shown}}}{self._bracket("]")}'
+
+    def _bracket(self, bracket: str) -> str:
+        return bracket if self.wishes.tgi_compat else ""
 
 
 class JsonList(Formatter):
@@ -141,6 +173,23 @@ class JsonList(Formatter):
         return dumps([member.answer() for member in self.members.values()])
 
 
+class OutputLines(Formatter):
+    """One line a piece: the new text of each prompt, in their order (contract 7.10, enable_streaming)."""
+
+    content_type: ClassVar[str] = "application/jsonlines"
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        super().__init__(len(request_ids))
+        self._request_ids = request_ids
+
+    def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
+        texts = [output.text if request_id == output.request_id else "" for request_id in self._request_ids]
+        return dumps({"outputs": texts}) + "\n"
+
+    def _end(self) -> str:
+        return ""
+
+
 class JsonLines(LmiFormatter):
     """One object a token and line; the last of a candidate also has its text. Of several candidates, each line tells whose it is
     with `index`, as DJL has it from 0.36 on."""
@@ -151,7 +200,7 @@ class JsonLines(LmiFormatter):
     def _piece(self, candidate: Candidate, output: Output, is_first: bool) -> str:
         lines = [self._line(candidate.index, self.token(token, self.is_tgi)) for token in output.tokens]
         if output.finish_reason is not None:
-            lines = lines or [self._line(candidate.index, NO_TOKEN)]  # ended without one more token
+            lines = lines or [self._line(candidate.index, self.token(NO_TOKEN, self.is_tgi))]  # ended without one more token
             lines[-1] |= self._last(candidate)
         return "".join(self.frame(dumps(line)) for line in lines)
 
@@ -169,7 +218,7 @@ class JsonLines(LmiFormatter):
         texts = dict.fromkeys(range(self.wishes.num_candidates), "")
         texts |= {one.index: one.text for one in self.candidates.values()}
         ended = {one.index for one in self.candidates.values() if one.finish_reason is not None}
-        failed = {**NO_TOKEN, "error_msg": told.message}
+        failed = {**self.token(NO_TOKEN, self.is_tgi), "error_msg": told.message}
         lines = [
             {
                 **self._line(index, failed),
@@ -215,7 +264,6 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda one: (-one.cumulative_logprob, one.index))
 
 
-def told_reason(candidate: Candidate) -> str:
-    """In DJL's words."""
-    reason = candidate.finish_reason or ""
-    return FINISH_REASONS.get(reason, reason)
+def _escaped(text: str) -> str:
+    """Text as it stands between a JSON string's quotes."""
+    return dumps(text)[1:-1]

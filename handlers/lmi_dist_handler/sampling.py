@@ -19,6 +19,7 @@ LMI = {
     **COMMON, "max_tokens": "max_tokens", "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens",
     "ignore_eos_token": "ignore_eos", "stop_sequences": "stop",
 }  # fmt: skip
+ONE = {name: target for name, target in LMI.items() if name not in ("n", "best_of")}  # where there is one answer, whatever is asked
 
 
 class Sampling:

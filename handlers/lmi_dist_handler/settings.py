@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lmi_dist import EngineConfig
+from lmi_dist_handler.dialects import OURS, LmiDialect
 from lmi_dist_handler.options import OPTIONS, SECRETS, SERVER_FIELDS, Formatter, Option
 from lmi_dist_handler.words import parse_env
 
@@ -66,6 +67,14 @@ class HandlerConfig(BaseModel):
 
     engine: EngineConfig
     model_name: str
+    dialect: LmiDialect = Field(default=OURS, exclude=True)  # of the host: not an option, it is found out
+    rolling_batch: Annotated[Literal["lmi-dist", "vllm", "auto", "disable"], BeforeValidator(str.lower)] = Field(
+        default="lmi-dist",
+        description="which engine batches requests; lmi-dist, vllm and auto all mean this one, disable takes a request a call",
+    )
+    enable_streaming: Annotated[Literal["true", "false", "huggingface"], BeforeValidator(str.lower)] = Field(
+        default="false", description="answers come as streams where DJL has rolling_batch=disable"
+    )
     output_formatter: Formatter | None = Field(default=None, description="form of answers; unset: the request's `stream` decides")
     tgi_compat: bool = Field(default=False, description="token fields and frames as in text-generation-inference")
     allow_model_py: bool | None = Field(
@@ -109,8 +118,8 @@ class ModelSettings:
     def _in_use(self, option: Option) -> object:
         if option.reader == "engine":
             return getattr(self.handler.engine, option.field)
-        if option.field in ("rolling_batch", "engine"):
-            return self.values.get("rolling_batch", "lmi-dist") if option.field == "rolling_batch" else self.engine
+        if option.field == "engine":
+            return self.engine
         if option.reader == "host":
             return getattr(self.worker, option.field)
         return getattr(self.handler, option.field)

@@ -192,15 +192,22 @@ class Frame:
     code: int | None = None
     error: str = ""
 
-    def encode(self, reply: ReplyType) -> Output:
+    def map(self, reply: ReplyType) -> bytes:
+        """As the map of contract 4.4."""
         values: dict[str, Any] = {"data": self.text, "last": self.is_last}
         if self.code is not None:
             values |= {"code": self.code, "error": self.error}
+        return reply.binary_encode(values)
+
+    def encode(self, reply: ReplyType) -> Output:
         output = reply()
         if self.content_type:
             output.add_property("Content-Type", self.content_type)
-        output.add(reply.binary_encode(values))
+        output.add(self.map(reply))
         return output
+
+
+Parser = Callable[[Input, "Engine", HandlerConfig, Functions], requests.Parsed]
 
 
 class Streams:
@@ -219,12 +226,25 @@ class Streams:
 
     async def answer(self, inputs: Input, reply: ReplyType) -> AsyncIterator[Output]:
         """Frames that answer one request: text as it comes, or one frame with a code. Aborts the request when closed early."""
-        tracking_id = str(inputs.get_property("request_tracking_id") or uuid.uuid4())
+        async for frame in self.frames(inputs, str(inputs.get_property("request_tracking_id") or uuid.uuid4())):
+            if frame.text or frame.is_last:
+                yield frame.encode(reply)
+
+    async def frames(
+        self, inputs: Input, tracking_id: str, parse: Parser = requests.parse_input, seed: int | None = None
+    ) -> AsyncIterator[Frame]:
+        """The same as frames. The first comes when the body has been read: it tells the content type, or what is wrong. `seed` is
+        the host's, for a client that has given none."""
         feed = self._feeds[tracking_id] = Feed()
         self._idle.clear()
         try:
-            async for frame in self._frames(inputs, feed):
-                yield frame.encode(reply)
+            parsed = await self._parse(inputs, parse)
+            if isinstance(parsed, Frame):
+                yield parsed
+                return
+            yield Frame("", parsed.formatter.content_type)
+            async for frame in self._answered(parsed if seed is None else parsed.seeded(seed), feed):
+                yield frame
         finally:
             del self._feeds[tracking_id]
             if not self._feeds:
@@ -245,12 +265,20 @@ class Streams:
         self._is_draining = True
         await self._idle.wait()
 
-    async def _frames(self, inputs: Input, feed: Feed) -> AsyncIterator[Frame]:
+    async def _parse(self, inputs: Input, parse: Parser) -> requests.Parsed | Frame:
+        """What a request asks for, or the frame that refuses it."""
         try:
-            parsed = await self._parse(inputs)
+            if self._is_draining:
+                raise UnavailableError("the model is being stopped; try again later")
+            arguments = (inputs, self._engine, self._config, self._own)
+            if len(inputs.get_as_bytes() or b"") <= PARSE_INLINE_BYTES or self._own is not NONE:
+                return parse(*arguments)
+            return await asyncio.to_thread(parse, *arguments)
         except Exception as error:  # told to this client alone
-            yield _failed(responses.refusal(inputs.get_properties(), _told(error)), "application/json")
-            return
+            told = responses.refusal(inputs.get_properties(), _told(error), self._config.dialect)
+            return _failed(told, "application/json")
+
+    async def _answered(self, parsed: requests.Parsed, feed: Feed) -> AsyncIterator[Frame]:
         try:
             for request in parsed.requests:
                 self._thread.submit(request, feed.put)
@@ -258,14 +286,6 @@ class Streams:
                 yield frame
         finally:
             self._thread.abort(request.id for request in parsed.requests)  # those that have ended are no-ops
-
-    async def _parse(self, inputs: Input) -> requests.Parsed:
-        if self._is_draining:
-            raise UnavailableError("the model is being stopped; try again later")
-        arguments = (inputs, self._engine, self._config, self._own)
-        if len(inputs.get_as_bytes() or b"") <= PARSE_INLINE_BYTES or self._own is not NONE:
-            return requests.parse_input(*arguments)
-        return await asyncio.to_thread(requests.parse_input, *arguments)
 
     async def _texts(self, formatter: responses.Formatter, feed: Feed) -> AsyncIterator[Frame]:
         """Frames of what each round of outputs adds, until all candidates have ended or one item is an error."""
@@ -279,7 +299,8 @@ class Streams:
                     for piece in _pieces(text):
                         yield Frame(piece, formatter.content_type)
                     has_spoken = has_spoken or bool(text)
-                    yield _failed(formatter.error(_told(error)), formatter.content_type if has_spoken else "application/json")
+                    told = formatter.error(_told(error))
+                    yield _failed(told, formatter.content_type if has_spoken or told.in_form else "application/json")
                     return
             has_spoken = has_spoken or bool(text)
             *pieces, last = _pieces(text) or [""]
@@ -305,6 +326,8 @@ def _pieces(text: str) -> list[str]:
 
 
 def _failed(told: responses.Told, content_type: str) -> Frame:
+    if told.in_form:
+        return Frame(told.text, content_type, is_last=True)
     return Frame(told.text, content_type, is_last=True, code=told.code, error=told.message)
 
 

@@ -37,7 +37,7 @@ class DjlInput:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lmi_dist_handler, "_streams", None)
+    monkeypatch.setattr(lmi_dist_handler, "_served", None)
     monkeypatch.setattr(lmi_dist, "Engine", lambda config: FakeEngine(), raising=False)
 
 
@@ -68,11 +68,13 @@ def test_first_call_loads_and_later_ones_answer() -> None:
 def test_djl_gets_replies_of_its_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = ModuleType("djl_python.outputs")
     outputs.Output = DjlOutput  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "djl_python", ModuleType("djl_python"))
+    package = ModuleType("djl_python")
+    package.__version__ = "0.36.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "djl_python", package)
     monkeypatch.setitem(sys.modules, "djl_python.outputs", outputs)
 
     async def main() -> None:
-        await handle(DjlInput(Input(INIT)))  # type: ignore[arg-type]  # another class with the same members
+        await handle(DjlInput(Input(INIT)))  # type: ignore[misc, arg-type]  # another class with the same members
         frames = await answer(DjlInput(REQUEST))
 
         assert {type(frame) for frame in frames} == {DjlOutput}
@@ -86,7 +88,7 @@ def test_failure_to_load_is_a_reply_with_the_sentence(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(lmi_dist, "Engine", refuse, raising=False)
 
-    reply = asyncio.run(handle(Input(INIT)))
+    reply = handle(Input(INIT))
 
     assert isinstance(reply, Output)
     assert (reply.code, reply.message, reply.get_property("error_type")) == (
@@ -97,7 +99,7 @@ def test_failure_to_load_is_a_reply_with_the_sentence(monkeypatch: pytest.Monkey
 
 
 def test_bad_option_is_a_reply_with_the_sentence() -> None:
-    reply = asyncio.run(handle(Input({**INIT, "max_model_len": "x"})))
+    reply = handle(Input({**INIT, "max_model_len": "x"}))
 
     assert isinstance(reply, Output)
     assert (reply.code, reply.get_property("error_type")) == (424, "ConfigError")

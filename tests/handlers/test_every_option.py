@@ -36,6 +36,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
 REFUSED = ("option.quantize",)  # has a setting, every value of which is refused until it is built
 HANDLER_WORDS = {
     "option.rolling_batch": "auto",
+    "option.enable_streaming": "huggingface",
     "option.output_formatter": "sse",
     "option.tgi_compat": "true",
     "option.allow_model_py": "true",

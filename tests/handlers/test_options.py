@@ -14,7 +14,7 @@ from lmi_dist import EngineConfig
 EXAMPLE = (Path(__file__).parents[2] / "serving.properties.example").read_text(encoding="ascii").splitlines()
 DESCRIBED: list[tuple[str, type[BaseModel], str]] = [
     *((f"option.{name}", EngineConfig, field) for name, field in ENGINE.items()),
-    *((f"option.{name}", HandlerConfig, name) for name in HANDLER if name != "rolling_batch"),
+    *((f"option.{name}", HandlerConfig, name) for name in HANDLER),
     *((key, EngineConfig, key) for key in PLAIN_ENGINE),
     *((key, WorkerConfig, field) for key, field in HOST.items() if key != "engine"),
     *((f"SERVING_{name.upper()}", ServerSettings, name) for name in SERVER_FIELDS),
@@ -36,7 +36,7 @@ def test_every_engine_field_has_an_option() -> None:
 
 
 def test_every_handler_field_has_an_option() -> None:
-    assert {*HANDLER, "engine", "model_name"} == {*HandlerConfig.model_fields, "rolling_batch"}
+    assert {*HANDLER, "engine", "model_name", "dialect"} == set(HandlerConfig.model_fields)
 
 
 def test_every_server_and_worker_field_has_a_word() -> None:

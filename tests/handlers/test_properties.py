@@ -183,7 +183,7 @@ def test_java_escapes_are_read(tmp_path: Path) -> None:
         ("option.enable_lora=true\n", r"option.enable_lora='true' is known but not built yet; leave it out or write false"),
         ("option.output_formatter=3p\n", r"option.output_formatter='3p' is known but not built yet"),
         ("option.output_formatter=yaml\n", r"option.output_formatter='yaml' is refused: .*'json'"),
-        ("option.rolling_batch=disable\n", r"option.rolling_batch='disable' is known but not built yet"),
+        ("option.rolling_batch=disable\n", r"option.rolling_batch='disable' is for DJL's own host; leave it out"),
         ("option.rolling_batch=trtllm\n", r"option.rolling_batch='trtllm' is not this engine; use lmi-dist or vllm or auto"),
         ("option.s3url=s3://b/m\noption.model_id=x\n", r"option.s3url and .*option.model_id could not both be set"),
         ("option.load_in_8bit=maybe\n", r"option.load_in_8bit='maybe' must be one of true, false"),

@@ -160,7 +160,7 @@ def test_raw_text_is_the_text() -> None:
 def test_error_before_any_text_is_a_whole_body() -> None:
     form = JsonLines(Wishes(prompt="p"))
 
-    code, message, text = form.error(RequestError("top_p=2 is refused", "top_p"))
+    code, message, text, _ = form.error(RequestError("top_p=2 is refused", "top_p"))
 
     assert (code, message) == (424, "top_p=2 is refused")
     assert text == '{\n  "code":424,\n  "message":"prediction failure",\n  "error":"top_p=2 is refused"\n}'
