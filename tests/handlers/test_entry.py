@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,6 @@ import lmi_dist
 from lmi_dist import MemoryPlanError
 
 INIT = {"handler": "handle", "model_id": "fake", "engine": "MPI", "rolling_batch": "lmi-dist", "model_dir": "."}
-PARTS = ("inputs", "outputs", "request_io", "output_formatter", "input_parser", "encode_decode")
 REQUEST = Input({"request_tracking_id": "t"}, PairList([("data", b'{"inputs": "abc"}')]))
 
 
@@ -36,9 +36,13 @@ class DjlInput:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No model is loaded yet; what stands for djl_python goes with the test."""
     monkeypatch.setattr(lmi_dist_handler, "_served", None)
     monkeypatch.setattr(lmi_dist, "Engine", lambda config: FakeEngine(), raising=False)
+    yield
+    for name in [name for name in sys.modules if name == "model" or name.partition(".")[0] == "djl_python"]:
+        del sys.modules[name]
 
 
 async def answer(inputs: Any) -> list[Output]:
@@ -118,8 +122,6 @@ def shout(output: TextGenerationOutput) -> str:
 
 def test_models_own_formatter_answers_when_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.py").write_text(MODEL_PY)
-    for name in ("model", "djl_python", *(f"djl_python.{name}" for name in PARTS)):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(FakeEngine, "tokenizer", lambda engine, text, verbose: {"input_ids": [1]}, raising=False)
 
     async def main() -> None:
