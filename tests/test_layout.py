@@ -47,9 +47,12 @@ HANDLER_LEVELS = (
         "sagemaker",
         "request_io",
         "special_tokens",
+        "supervisor",
         "timings",
         "wire",
+        "worker_log",
     ),
+    ("launcher",),
     ("bench_limits", "bench_target", "bodies", "chat", "demo_model", "group", "model_py", "sampling", "synthetic", "words"),
     ("openai_responses", "responses"),
     ("custom", "host", "load_models", "settings", "settle", "tgi_responses", "worker"),
@@ -67,7 +70,8 @@ HANDLER_LEVELS = (
 FORBIDDEN = {"models": {"ops", "quant", "request", "scheduler"}, "layers": {"request", "scheduler", "blocks"}}
 WITHOUT_TORCH = ("errors", "config", "request", "plan", "blocks", "scheduler")
 HOST_PROCESS = ("properties", "wire", "group", "host", "front", "http", "server", "cli", "demo")
-READ_ENVIRONMENT = {"lmi_dist/parallel.py", "handlers/lmi_dist_handler/properties.py"}
+# worker.py: the rank is part of its socket's name, which it must tell before torch is loaded
+READ_ENVIRONMENT = {f"handlers/lmi_dist_handler/{name}.py" for name in ("properties", "worker")} | {"lmi_dist/parallel.py"}
 PRINT = {f"handlers/lmi_dist_handler/{name}.py" for name in ("bench", "cli", "demo", "demo_model")}
 SOURCES = sorted(chain(ENGINE.rglob("*.py"), HANDLER.rglob("*.py")))
 
@@ -178,7 +182,7 @@ def reads_environment(node: ast.AST) -> bool:
     return isinstance(node, ast.ImportFrom) and node.module == "os" and any("env" in alias.name for alias in node.names)
 
 
-def test_environment_is_read_in_two_files():
+def test_environment_is_read_in_three_files():
     readers = {
         path.relative_to(ROOT).as_posix()
         for path in SOURCES

@@ -1,4 +1,4 @@
-"""One life of a model's worker, seen from the host: its process group, its socket and the requests on it (djl-contract 1.6-1.13).
+"""One life of a model's ranks, seen from the host: their processes, their sockets and the requests on them (djl-contract 1.6-1.13).
 
 A Group is never restarted, only replaced (host.py). Everything here belongs to the event loop's thread; no torch in this process.
 """
@@ -8,32 +8,25 @@ import contextlib
 import json
 import logging
 import os
-import re
-import shutil
 import signal
-import sys
-import tempfile
-import time
 import uuid
-from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmi_dist import ConfigError, LmiError
+from lmi_dist import LmiError
+from lmi_dist_handler.launcher import GroupFolder, Launch, end_workers, living_pids
 from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, PairList, WireError, read_async
+from lmi_dist_handler.worker_log import WorkerLog
 
 logger = logging.getLogger(__name__)
-worker_logger = logging.getLogger("lmi_dist_handler.worker")  # what workers print
 
-START_MARKER = "Python engine started."
 START_TIMEOUT_S = 120.0  # imports only: the model is loaded by the init request
 EXIT_GRACE_S = 2.0
+KILL_GRACE_S = 10.0
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-MAX_SOCKET_PATH = 107  # bytes, of sockaddr_un
-PROGRESS_INTERVAL_S = 1.0
-LEVELS = {name: getattr(logging, name) for name in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
+VALID_SIGNALS = frozenset(signal.valid_signals())
 
 
 class WorkerLostError(LmiError):
@@ -101,84 +94,99 @@ class Stream:
 
 
 class Group:
-    """The worker's process group and connection. `died` is done, with the reason, once it is of no use any more."""
+    """Some ranks' processes and connections. `died` is done, with the reason, once it is of no use any more."""
 
-    def __init__(self, name: str, model_dir: Path | None, entry_point: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, launch: Launch) -> None:
         self._name = name
-        self._environment = environment  # of its processes; None: the server's
-        self._model_dir = model_dir
-        self._entry_point = entry_point
+        self._launch = launch
         self._codec = Codec()
         self._streams: dict[str, Stream] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._last_lines: deque[str] = deque(maxlen=5)
-        self._started = asyncio.Event()
+        self._log = WorkerLog(name, launch.num_ranks)
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._folder: Path | None = None
+        self._writers: list[asyncio.StreamWriter] = []  # by rank
+        self._folder: GroupFolder | None = None
+        self.pids: list[int] = []  # by rank, once they have started
         self.num_opened = 0
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
 
     @property
     def num_streams(self) -> int:
         return len(self._streams)
 
     async def start(self) -> None:
-        """Start the worker and connect to it. Raises WorkerLostError when it does not come up."""
-        self._folder = Path(tempfile.mkdtemp(prefix="lmi-dist-"))  # private: nobody else can connect
-        path = self._folder / "djl_sock.0"
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-            raise ConfigError(f"{path} is too long for a socket; set TMPDIR to a shorter folder")
-        await self._spawn(path)
+        """Start the ranks and connect to each. Raises WorkerLostError when they do not come up, ConfigError when they cannot."""
+        self._folder = GroupFolder()
+        paths = self._launch.sockets(self._folder.path)
+        await self._spawn(self._launch.command(self._folder.path), self._folder.path)
         await self._until_started()
-        reader, self._writer = await asyncio.open_unix_connection(str(path))
-        self._task(self._receive(reader))
+        self.pids = living_pids(self._folder.path)
+        for rank, path in enumerate(paths):
+            reader, writer = await self._connect(path)
+            self._writers.append(writer)
+            self._task(self._receive(rank, reader))
 
-    async def _spawn(self, path: Path) -> None:
-        model_dir = str(self._model_dir or self._folder)
+    async def _spawn(self, command: Sequence[str], folder: Path) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "lmi_dist_handler.worker", "--sock-type", "unix", "--sock-name", str(path)),
-            *("--model-dir", model_dir, "--entry-point", self._entry_point, "--device-id", "-1", "--async-mode"),
-            env=self._environment,
-            cwd=self._folder,  # -m imports from it first; the worker itself goes to the model's folder later
-            stdin=asyncio.subprocess.DEVNULL,
+            *command,
+            env=self._launch.environment,
+            cwd=folder,  # -m imports from it first; a worker itself goes to the model's folder later
+            stdin=asyncio.subprocess.PIPE,  # closing it ends all
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,  # a group of its own, and deaf to the terminal's Ctrl-C
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        self._task(self._read_log(self._process.stdout, "stdout", logging.INFO))
-        self._task(self._read_log(self._process.stderr, "stderr", logging.WARNING))
+        self._task(self._log.read(self._process.stdout, self._process.pid, "stdout", logging.INFO))
+        self._task(self._log.read(self._process.stderr, self._process.pid, "stderr", logging.WARNING))
         self._task(self._wait_for_exit(self._process))
 
     async def _until_started(self) -> None:
-        self.died.add_done_callback(lambda _: self._started.set())
+        self.died.add_done_callback(lambda _: self._log.started.set())
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-            await asyncio.wait_for(self._started.wait(), START_TIMEOUT_S)
+            await asyncio.wait_for(self._log.started.wait(), START_TIMEOUT_S)
         if self.died.done():
             raise WorkerLostError(self.died.result())
-        if not self._started.is_set():
+        if not self._log.started.is_set():
             raise WorkerLostError(f"the worker of model {self._name} did not start within {START_TIMEOUT_S:g} s")
 
-    def open(self, properties: Mapping[str, str], content: PairList, handler: str = "handle") -> Stream:
-        """Send a request; its replies come out of the stream."""
-        if self.died.done() or self._writer is None:
+    async def _connect(self, path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_unix_connection(str(path))
+        except OSError as error:
+            raise WorkerLostError(f"the worker of model {self._name} cannot be reached: {error}") from None
+
+    async def load(self, properties: Mapping[str, str], timeout_s: float) -> Output:
+        """Have every rank load the model. Returns the first reply with an error, else rank 0's. Raises as `call` does."""
+        calls = [asyncio.create_task(self.call("handle", properties, timeout_s, rank=rank)) for rank in range(len(self._writers))]
+        try:
+            for call in asyncio.as_completed(calls):
+                reply = await call
+                if reply.code >= 300:
+                    return reply
+            return calls[0].result()
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def open(self, properties: Mapping[str, str], content: PairList, handler: str = "handle", *, rank: int = 0) -> Stream:
+        """Send a request to a rank; its replies come out of the stream. Raises WorkerLostError."""
+        if self.died.done() or not self._writers:
             raise WorkerLostError(self.died.result() if self.died.done() else "the worker is not connected")
         tracking_id = str(uuid.uuid4())
         request = Input({**properties, "handler": handler, "request_tracking_id": tracking_id}, content)
-        self._writer.write(self._codec.encode_request(request))
+        self._writers[rank].write(self._codec.encode_request(request))
         stream = self._streams[tracking_id] = Stream(self, tracking_id)
         self.num_opened += handler == "handle"
         return stream
 
-    async def call(self, handler: str, properties: Mapping[str, str], timeout_s: float) -> Output:
+    async def call(
+        self, handler: str, properties: Mapping[str, str], timeout_s: float, *, content: PairList | None = None, rank: int = 0
+    ) -> Output:
         """One request, one reply. Raises TimeoutError, WorkerLostError."""
-        stream = self.open(properties, PairList(), handler)
+        stream = self.open(properties, content or PairList(), handler, rank=rank)
         try:
             return await asyncio.wait_for(stream.reply(), timeout_s)
         finally:
@@ -212,11 +220,8 @@ class Group:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that the worker's process holds now; 0 when there is none."""
-        try:
-            return int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
-        except (FileNotFoundError, ProcessLookupError):
-            return 0
+        """Memory that the ranks hold now; 0 when there are none."""
+        return sum(_resident_bytes(pid) for pid in self.pids)
 
     def die(self, reason: str, hint: str = "; it is being restarted, try again") -> None:
         """Give this worker up: whoever waits gets an error now. The processes are `kill`'s to end."""
@@ -228,32 +233,34 @@ class Group:
             stream.interrupt(error)
 
     async def kill(self) -> None:
-        """End the whole process group and remove its files. A worker that listens gets EXIT_GRACE_S to end by itself.
+        """End all processes and remove their files. Ranks that listen get EXIT_GRACE_S to end by themselves.
         To be called again when it was cancelled."""
         if self._folder is None:
             return  # never started, or over already
         is_stuck = self.died.done()
         self.die(f"the worker of model {self._name} was stopped", hint="")
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
         if self._process is not None:
-            if self._writer is not None and not is_stuck:
-                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), EXIT_GRACE_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # what the worker has started too
-            await self._process.wait()
+            if self._writers and not is_stuck:
+                await _ends(self._process, EXIT_GRACE_S)
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # has the supervisor kill what is left
+            if not await _ends(self._process, KILL_GRACE_S):
+                logger.error("the processes of model %s could not be ended by their supervisor", self._name)
+                self._process.kill()
+        end_workers(self._folder.path)  # no supervisor, no mpirun, and ranks that do not listen
         if self._tasks:  # they see the end of their streams, which also closes these
             await asyncio.wait(self._tasks, timeout=EXIT_GRACE_S)
         for task in self._tasks:
             task.cancel()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
         self._folder = None
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work))
 
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(self, rank: int, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 reply = await read_async(self._codec.response(), reader)
@@ -262,41 +269,34 @@ class Group:
                     stream.put(reply)
         except (Disconnected, OSError):
             assert self._process is not None
-            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):  # its exit status tells more than the end of its socket
-                await asyncio.wait_for(asyncio.shield(self._process.wait()), 0.5)
-            self.die(f"the worker of model {self._name} closed its connection")
+            await _ends(self._process, 0.5)  # its exit status tells more than the end of its socket
+            self.die(f"the worker of model {self._name} closed its connection{self._which(rank)}")
         except WireError as error:
-            self.die(f"the worker of model {self._name} sent bytes that are no reply: {error}")
+            self.die(f"the worker of model {self._name} sent bytes that are no reply{self._which(rank)}: {error}")
+
+    def _which(self, rank: int) -> str:
+        return f" of rank {rank}" if self._launch.num_ranks > 1 else ""
 
     async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        last_words = "" if self._writer is not None else "".join(f"; {line}" for line in list(self._last_lines)[-1:])
+        number = -status if status < 0 else status - 128  # as a shell tells it
+        how = f"was killed by {signal.Signals(number).name}" if number in VALID_SIGNALS else f"ended with exit status {status}"
+        last_words = f"; {self._log.last_words}" if self._log.last_words and not self._writers else ""
         self.die(f"the worker of model {self._name} {how}{last_words}")
 
-    async def _read_log(self, stream: asyncio.StreamReader, which: str, level: int) -> None:
-        """Log the worker's lines. A progress bar ends its states with a carriage return: of those, one a second."""
-        rest, last_progress = b"", 0.0
-        while data := await stream.read(65536):
-            *lines, rest = re.split(rb"(?<=[\r\n])", rest + data)
-            for line in lines:
-                is_progress = line.endswith(b"\r")
-                if is_progress and time.monotonic() - last_progress < PROGRESS_INTERVAL_S:
-                    continue
-                last_progress = time.monotonic() if is_progress else last_progress
-                self._log(line.decode(errors="replace").strip(), which, level)
-        self._log(rest.decode(errors="replace").strip(), which, level)
 
-    def _log(self, line: str, which: str, level: int) -> None:
-        if not line:
-            return
-        self._last_lines.append(line)
-        if START_MARKER in line:
-            self._started.set()
-        word, separator, message = line.partition("::")
-        if separator and word in LEVELS:
-            level, line = LEVELS[word], message
-        worker_logger.log(level, "W-%s-%s-%s %s", self.pid, self._name[:15], which, line)
+async def _ends(process: asyncio.subprocess.Process, timeout_s: float) -> bool:
+    """Wait for the end of a process, but not forever."""
+    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+        await asyncio.wait_for(process.wait(), timeout_s)
+    return process.returncode is not None
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _message(reply: Output) -> str:

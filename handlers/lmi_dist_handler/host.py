@@ -9,11 +9,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lmi_dist import ConfigError, LmiError, OverloadedError
 from lmi_dist_handler.group import Group, Stream, WorkerLostError
+from lmi_dist_handler.launcher import Launch
 from lmi_dist_handler.wire import PairList
 
 logger = logging.getLogger(__name__)
@@ -74,25 +74,21 @@ class Host:
     def __init__(
         self,
         name: str,
-        model_dir: Path | None,
+        launch: Launch,
         properties: Mapping[str, str],
         *,
         limits: Limits | None = None,
-        entry_point: str = "lmi_dist_handler",
-        environment: Mapping[str, str] | None = None,
         prepare: Callable[[], Awaitable[None]] | None = None,
         turns: Turns | None = None,
     ) -> None:
-        """`environment`: of the worker, None for the server's own. `prepare` runs once, before the first worker starts."""
+        """`prepare` runs once, before the first worker starts."""
         self.name = name
-        self.model_dir = model_dir
         self.state: State = "loading"
         self.reason = ""
         self.num_restarts = 0
         self._properties = dict(properties)
         self._limits = limits or Limits()
-        self._entry_point = entry_point
-        self._environment = environment
+        self._launch = launch
         self._prepare = prepare
         self._turns = turns or Turns()
         self._turns.hosts.add(self)
@@ -139,7 +135,8 @@ class Host:
 
     @property
     def worker_pid(self) -> int | None:
-        return self._group.pid if self._group else None
+        """That of rank 0."""
+        return self._group.pids[0] if self._group and self._group.pids else None
 
     def start(self) -> "asyncio.Task[None]":
         """Begin to keep a worker alive. The task ends when the model has failed for good (`state`, `reason`) or was stopped."""
@@ -187,7 +184,7 @@ class Host:
     async def _supervise(self) -> None:
         failures = 0
         while True:
-            self._group = group = Group(self.name, self.model_dir, self._entry_point, self._environment)
+            self._group = group = Group(self.name, self._launch)
             started = time.monotonic()
             try:
                 async with self._turns.turn(self, is_first=not self._was_ready) as promised_mb:
@@ -225,7 +222,7 @@ class Host:
         await group.start()
         timeout_s = self._limits.loading_timeout_s
         try:
-            reply = await group.call("handle", self._beside(promised_mb), timeout_s)
+            reply = await group.load(self._beside(promised_mb), timeout_s)
         except (TimeoutError, asyncio.TimeoutError):
             raise LoadError(
                 f"model {self.name} was not loaded within model_loading_timeout={timeout_s:g} s; set a larger one", 500

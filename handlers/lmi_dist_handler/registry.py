@@ -13,6 +13,7 @@ from lmi_dist import LmiError
 from lmi_dist_handler import packages
 from lmi_dist_handler.front import HttpError
 from lmi_dist_handler.host import Host, Limits, Turns
+from lmi_dist_handler.launcher import Launch
 from lmi_dist_handler.properties import Settings
 from lmi_dist_handler.settings import ModelSettings, ServerSettings
 
@@ -153,12 +154,17 @@ def serve_model(model: ModelSettings, server: ServerSettings, turns: Turns, *, a
         step_timeout_s=model.worker.predict_timeout,
         max_in_flight=model.worker.job_queue_size + config.max_batch_size,
     )
+    launch = Launch(
+        model_dir=model.folder,
+        num_ranks=config.tensor_parallel_degree,
+        is_mpi=model.engine == "MPI" or config.tensor_parallel_degree > 1,
+        environment=model.environment,
+    )
     host = Host(
         f"{model.name}:{model.version}" if model.version else model.name,
-        model.folder,
+        launch,
         model.init_properties(),
         limits=limits,
-        environment=model.environment,
         prepare=_preparation(model, server),
         turns=turns,
     )

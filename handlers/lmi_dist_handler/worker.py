@@ -20,13 +20,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
+from lmi_dist_handler.launcher import lock_pid
 from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, WireError, read
+from lmi_dist_handler.worker_log import START_MARKER
 
 logger = logging.getLogger(__name__)
 
-START_MARKER = "Python engine started."
 TRACKING_ID = "request_tracking_id"
 ACCEPT_TIMEOUT_S = 30.0
 DEFAULT_ENTRY_POINT = "lmi_dist_handler"
@@ -57,12 +58,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-class Endpoint:
-    """Where the worker listens; for a Unix socket also the pid file by which hosts find a worker that was left behind."""
+def take_rank() -> int | None:
+    """This process's rank under mpirun, else None. Tells the three numbers also by the names that other libraries know (1.8)."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
+        if f"OMPI_COMM_WORLD_{name}" in os.environ:
+            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{name}"]
+    return int(os.environ["RANK"]) if "OMPI_COMM_WORLD_RANK" in os.environ else None
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._path = Path(arguments.sock_name) if arguments.sock_type == "unix" else None
-        self._address = (arguments.sock_name or "127.0.0.1", arguments.port)
+
+class Endpoint:
+    """Where the worker listens, each rank at its own place; for a Unix socket also the pid file by which hosts find a worker that
+    was left behind. The file is locked as long as the worker lives (launcher.py)."""
+
+    def __init__(self, arguments: argparse.Namespace, rank: int | None) -> None:
+        suffix = "" if rank is None else f".{rank}"
+        self._path = Path(f"{arguments.sock_name}{suffix}") if arguments.sock_type == "unix" else None
+        self._address = (arguments.sock_name or "127.0.0.1", (arguments.port or 0) + (rank or 0))
+        self._pid_file: TextIO | None = None
 
     @property
     def _pid_path(self) -> Path | None:
@@ -73,7 +85,7 @@ class Endpoint:
         if self._path is None or self._pid_path is None:
             return socket.create_server(self._address, backlog=128)
         _kill_stale(self._pid_path)
-        self._pid_path.write_text(str(os.getpid()))
+        self._pid_file = lock_pid(self._pid_path)
         self._path.unlink(missing_ok=True)
         server = socket.socket(socket.AF_UNIX)
         server.bind(str(self._path))
@@ -200,11 +212,12 @@ class Connection:
 
 def run(arguments: argparse.Namespace) -> NoReturn:
     """Serve one host. Ends the process with status 1, as DJL's worker does, once the host has gone."""
+    rank = take_rank()
     model_dir = Path(arguments.model_dir).absolute()
     if model_dir.is_dir():
         os.chdir(model_dir)
     module = load_entry_point(arguments.entry_point or arguments.recommended_entry_point or DEFAULT_ENTRY_POINT, model_dir)
-    endpoint = Endpoint(arguments)
+    endpoint = Endpoint(arguments, rank)
 
     def end() -> NoReturn:
         endpoint.remove()  # first: flushing a broken stdout may raise (djl-contract 1.14)
