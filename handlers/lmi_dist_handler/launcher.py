@@ -51,7 +51,7 @@ class Launch:
         ]
         if self.is_mpi:
             tail = ["--tensor-parallel-degree", str(self.num_ranks)]
-            started = [*_places(folder), *mpirun_command(self.num_ranks), *worker, *tail]
+            started = [*_variables(folder, self.environment), *mpirun_command(self.num_ranks), *worker, *tail]
         else:
             started = [*worker, "--device-id", "-1"]
         isolated = [sys.executable, "-I", "-S", supervisor.__file__]  # neither variables nor site-packages are its business
@@ -89,10 +89,12 @@ def _mpirun() -> str:
     return found
 
 
-def _places(folder: Path) -> list[str]:
-    """A command in front of mpirun's: what Open MPI 5 and 4 leave behind when they are killed shall lie in `folder`."""
+def _variables(folder: Path, environment: Mapping[str, str] | None) -> list[str]:
+    """A command in front of mpirun's: what Open MPI 5 and 4 leave behind when they are killed shall lie in `folder`. And mpirun
+    wants a home, which a service of systemd does not have."""
     names = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base", "OMPI_MCA_btl_sm_backing_directory")
-    return ["env", *(f"{name}={folder}" for name in (*names, "OMPI_MCA_btl_vader_backing_directory"))]
+    places = [f"{name}={folder}" for name in (*names, "OMPI_MCA_btl_vader_backing_directory")]
+    return ["env", *places, f"HOME={(environment or {}).get('HOME', os.path.expanduser('~'))}"]
 
 
 def _free_port() -> int:

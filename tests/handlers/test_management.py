@@ -1,6 +1,7 @@
 """handlers/lmi_dist_handler/{management,registry}.py: real HTTP and real worker processes, with an entry point made for tests."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lmi_dist_handler import registry
 from lmi_dist_handler.front import HttpError
 from lmi_dist_handler.host import Host
 from lmi_dist_handler.http import Api
+from lmi_dist_handler.launcher import Launch
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.properties import load
 
@@ -37,10 +39,10 @@ def _fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts start the fake entry point, told by the model's name how its loading goes."""
     real = Host.__init__
 
-    def init(self: Host, name: str, model_dir: Path | None, properties: dict[str, str], **more: Any) -> None:
+    def init(self: Host, name: str, launch: Launch, properties: dict[str, str], **more: Any) -> None:
         how = MODELS.get(properties["model_id"].rpartition("/")[2], "")
         told = {**properties, "load": how, "lazy": str(LAZY_BYTES)}
-        real(self, name, model_dir, told, entry_point="fake_worker", **more)
+        real(self, name, dataclasses.replace(launch, entry_point="fake_worker"), told, **more)
 
     monkeypatch.setattr(Host, "__init__", init)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
