@@ -1,12 +1,12 @@
-/* The sources of an operation are compiled once for each instruction level (base, avx2, avx512) with LMI_LEVEL as the name of
- * its namespace. Everything inline that such a source uses must be in that namespace: one symbol compiled twice would let the
+/* The sources of an operation are compiled once for each instruction level (base, avx2, avx512, avx512bf16, amx) with LMI_LEVEL as
+ * the name of its namespace. Everything inline that such a source uses must be in that namespace: one symbol compiled twice would let the
  * linker run AVX-512 code on a machine that has none. (For inline code of the standard library, which we cannot rename, the
  * base objects come first on the link line, and the linker keeps the first.) */
 #pragma once
 #include <cstdint>
 
 #ifndef LMI_LEVEL
-#error "LMI_LEVEL must name the instruction level: base, avx2 or avx512"
+#error "LMI_LEVEL must name the instruction level"
 #endif
 
 namespace lmi::LMI_LEVEL {

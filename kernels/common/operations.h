@@ -16,14 +16,13 @@ struct Operations {
 #undef LMI_MEMBER
 };
 
-namespace base {
-extern const Operations operations;
-}
-namespace avx2 {
-extern const Operations operations;
-}
-namespace avx512 {
-extern const Operations operations;
-}
+#define LMI_LEVELS(DO) DO(base) DO(avx2) DO(avx512) DO(avx512bf16) DO(amx)
+
+#define LMI_TABLE(level)               \
+  namespace level {                    \
+  extern const Operations operations;  \
+  }
+LMI_LEVELS(LMI_TABLE)
+#undef LMI_TABLE
 
 }  // namespace lmi

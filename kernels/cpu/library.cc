@@ -4,6 +4,12 @@
 #include <new>
 #include <string>
 
+#if defined(LMI_HAS_AMX) && !defined(LMI_AMX_TWIN)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "common/check.h"
 #include "common/operations.h"
 #include "common/threads.h"
@@ -22,25 +28,44 @@ struct Level {
 
 bool always() { return true; }
 
-#if defined(LMI_HAS_AVX2)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-#endif
-#if defined(LMI_HAS_AVX512)
-bool has_avx512() {
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+[[maybe_unused]] bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#if defined(LMI_HAS_AMX) && !defined(LMI_AMX_TWIN)
+/* The processor has tiles of bf16, and the system lends this process their registers. */
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAskForState = 0x1023, kTileData = 18; /* ARCH_REQ_XCOMP_PERM */
+  unsigned a, b, c, d;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 #endif
 
 const Level kLevels[] = {
     {"base", &lmi::base::operations, always},
+#if defined(LMI_AMX_TWIN)
+    {"amx-emulated", &lmi::amx::operations, always}, /* before those that are better: it is not meant for use */
+#endif
 #if defined(LMI_HAS_AVX2)
     {"avx2", &lmi::avx2::operations, has_avx2},
 #endif
 #if defined(LMI_HAS_AVX512)
     {"avx512", &lmi::avx512::operations, has_avx512},
+#endif
+#if defined(LMI_HAS_AVX512BF16)
+    {"avx512bf16", &lmi::avx512bf16::operations, has_avx512bf16},
+#endif
+#if defined(LMI_HAS_AMX) && !defined(LMI_AMX_TWIN)
+    {"amx", &lmi::amx::operations, has_amx},
 #endif
 };
 
@@ -74,7 +99,7 @@ lmi_status guard(const char *operation, Function fn) {
 }
 
 void choose_level(const char *name) {
-  if (!name) lmi::refuse("level is absent; it must be base, avx2, avx512 or best");
+  if (!name) lmi::refuse("level is absent; it must be base, avx2, avx512, avx512bf16, amx or best");
   if (!std::strcmp(name, "best")) {
     chosen = best_level();
     return;

@@ -5,11 +5,14 @@
 namespace lmi {
 namespace {
 
-int64_t columns_of(const LinearShape &shape, int64_t inputs) {
-  if (shape.format == LMI_INT8) return (inputs + 1) / 2;
-  if (shape.format == LMI_INT4) return (inputs + 3) / 4;
-  return shape.dtype == LMI_F32 ? 2 * inputs : inputs;
+bool is_half(const LinearShape &shape) { return shape.format == LMI_DENSE && shape.dtype != LMI_F32; }
+
+int64_t column_inputs(const LinearShape &shape) {
+  if (shape.format == LMI_INT4) return 4;
+  return shape.format == LMI_INT8 || is_half(shape) ? 2 : 1;
 }
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
 
@@ -27,11 +30,14 @@ PanelLayout panel_layout(const LinearShape &shape) {
   PanelLayout layout;
   const int64_t outputs = shape.gated ? shape.out_features / 2 : shape.out_features;
   const int64_t outputs_a_panel = shape.gated ? kHalf : kPanel;
-  layout.num_panels = (outputs + outputs_a_panel - 1) / outputs_a_panel;
+  layout.num_panels = round_up(outputs, outputs_a_panel) / outputs_a_panel;
   layout.group_inputs = shape.format == LMI_DENSE ? shape.in_features : shape.group;
   layout.num_groups = shape.in_features / layout.group_inputs;
+  layout.column_inputs = column_inputs(shape);
+  layout.column_bytes = shape.format == LMI_DENSE ? 128 : 64;
   layout.scale_bytes = shape.format == LMI_DENSE ? 0 : 2 * kPanel * static_cast<int64_t>(sizeof(float));
-  layout.group_bytes = layout.scale_bytes + columns_of(shape, layout.group_inputs) * kColumnBytes;
+  const int64_t inputs = round_up(layout.group_inputs, is_half(shape) ? kTileInputs : layout.column_inputs);
+  layout.group_bytes = layout.scale_bytes + inputs / layout.column_inputs * layout.column_bytes;
   layout.panel_bytes = layout.num_groups * layout.group_bytes;
   return layout;
 }

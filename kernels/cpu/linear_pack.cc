@@ -1,6 +1,8 @@
 /* Packing of weights into panels (linear_layout.h). A panel belongs to one thread. */
 #include <cstring>
+#include <vector>
 
+#include "common/memory.h"
 #include "common/rows.h"
 #include "cpu/linear_layout.h"
 
@@ -22,32 +24,31 @@ int64_t output_of(const LinearShape &shape, const Place &place) {
   return output < outputs ? output + place.lane / kHalf * outputs : -1;
 }
 
-/* One output's inputs into its lane; columns are 64 bytes apart. w may be absent: zeros. */
+/* One output's inputs into its lane. w may be absent: zeros. */
 void put_f32(char *columns, int lane, const char *w, int64_t num) {
-  char *to = columns + lane / kHalf * kColumnBytes + lane % kHalf * 4;
   for (int64_t e = 0; e < num; ++e) {
-    if (w) std::memcpy(to + 2 * e * kColumnBytes, w + 4 * e, 4);
-    else std::memset(to + 2 * e * kColumnBytes, 0, 4);
+    if (w) std::memcpy(columns + 128 * e + 4 * lane, w + 4 * e, 4);
+    else std::memset(columns + 128 * e + 4 * lane, 0, 4);
   }
 }
 
-void put_f16(char *columns, int lane, const char *w, int64_t num) {
-  char *to = columns + lane % kHalf * 4 + lane / kHalf * 2;
-  for (int64_t e = 0; e < num; ++e) {
-    if (w) std::memcpy(to + e * kColumnBytes, w + 2 * e, 2);
-    else std::memset(to + e * kColumnBytes, 0, 2);
-  }
+void put_half(char *columns, int lane, const char *w, int64_t num) {
+  char *to = columns + 4 * lane;
+  const int64_t pairs = w ? num / 2 : 0, all = (num + kTileInputs - 1) / kTileInputs * kTileInputs / 2;
+  for (int64_t pair = 0; pair < pairs; ++pair) std::memcpy(to + 128 * pair, w + 4 * pair, 4);
+  for (int64_t pair = pairs; pair < all; ++pair) std::memset(to + 128 * pair, 0, 4);
+  if (w && num % 2) std::memcpy(to + 128 * pairs, w + 4 * pairs, 2);
 }
 
 void put_int8(char *columns, int lane, const char *w, int64_t num) {
   char *to = columns + lane % kHalf * 4 + lane / kHalf;
-  for (int64_t e = 0; e < num; ++e) to[e / 2 * kColumnBytes + e % 2 * 2] = w ? w[e] : 0;
+  for (int64_t e = 0; e < num; ++e) to[e / 2 * 64 + e % 2 * 2] = w ? w[e] : 0;
 }
 
 void put_int4(char *columns, int lane, const char *w, int64_t num) {
   const int shift = lane / kHalf * 4, keep = 0xf0 >> shift;
   for (int64_t e = 0; e < num; ++e) {
-    char &byte = columns[e / 4 * kColumnBytes + lane % kHalf * 4 + e % 4];
+    char &byte = columns[e / 4 * 64 + lane % kHalf * 4 + e % 4];
     byte = static_cast<char>((byte & keep) | ((w ? w[e] & 15 : 0) << shift));
   }
 }
@@ -63,11 +64,12 @@ void put_scale(const lmi_linear_pack_args &args, float *scales, int lane, int64_
 void put_lane(const lmi_linear_pack_args &args, const PanelLayout &layout, const Place &place, int64_t row) {
   char *groups = static_cast<char *>(args.packed.data) + place.panel * layout.panel_bytes;
   const char *w = row < 0 ? nullptr : static_cast<const char *>(at(args.w, row));
+  const auto put_dense = args.dtype == LMI_F32 ? put_f32 : put_half;
+  const auto put = args.format == LMI_INT4 ? put_int4 : args.format == LMI_INT8 ? put_int8 : put_dense;
   for (int64_t group = 0; group < layout.num_groups; ++group) {
     char *columns = groups + group * layout.group_bytes + layout.scale_bytes;
     const char *inputs = w ? w + group * layout.group_inputs * bytes_of(args.w.dtype) : nullptr;
     if (layout.scale_bytes) put_scale(args, reinterpret_cast<float *>(columns - layout.scale_bytes), place.lane, row, group);
-    const auto put = args.format == LMI_INT4 ? put_int4 : args.format == LMI_INT8 ? put_int8 : args.dtype == LMI_F32 ? put_f32 : put_f16;
     put(columns, place.lane, inputs, layout.group_inputs);
   }
 }
@@ -86,18 +88,34 @@ void check_pack(const lmi_linear_pack_args &args, const LinearShape &shape) {
   check("packed", args.packed, LMI_U8, {{"packed_bytes", packed_bytes(shape)}});
 }
 
+/* Those that hold one of the rows: the threads share these alone, for a large weight comes in many pieces. */
+template <class Function>
+std::vector<int64_t> panels_with(const LinearShape &shape, const PanelLayout &layout, Function has_row) {
+  std::vector<int64_t> panels;
+  for (int64_t panel = 0; panel < layout.num_panels; ++panel) {
+    int lane = 0;
+    while (lane < kPanel && !has_row(output_of(shape, {panel, lane}))) ++lane;
+    if (lane < kPanel) panels.push_back(panel);
+  }
+  return panels;
+}
+
 }  // namespace
 
 void linear_pack(const lmi_linear_pack_args &args) {
   const LinearShape shape{args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
   check_pack(args, shape);
   const PanelLayout layout = panel_layout(shape);
-  parallel_for(layout.num_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
+  ask_for_huge_pages(args.packed.data, args.packed.size[0]);
+  const auto has_row = [&](int64_t output) { return output >= args.row_offset && output < args.row_offset + args.w.size[0]; };
+  const std::vector<int64_t> panels = panels_with(shape, layout, has_row);
+  parallel_for(static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       for (int lane = 0; lane < kPanel; ++lane) {
-        const int64_t output = output_of(shape, {panel, lane}), row = output - args.row_offset;
-        if (output < 0) put_lane(args, layout, {panel, lane}, -1);
-        else if (row >= 0 && row < args.w.size[0]) put_lane(args, layout, {panel, lane}, row);
+        const Place place{panels[static_cast<size_t>(i)], lane};
+        const int64_t output = output_of(shape, place);
+        if (output < 0) put_lane(args, layout, place, -1);
+        else if (has_row(output)) put_lane(args, layout, place, output - args.row_offset);
       }
     }
   });

@@ -44,11 +44,12 @@ typedef struct {
 LMI_API int32_t lmi_abi_version(void);
 /* The sentence that belongs to this thread's last error; empty before the first one. */
 LMI_API const char *lmi_error_message(void);
-/* What was compiled in and what this machine chose, for people: "cpu avx512 (base avx2 avx512)". */
+/* What was compiled in and what this machine chose, for people: "cpu avx512 (base avx2 avx512 avx512bf16 amx)". */
 LMI_API const char *lmi_describe(void);
 /* Number of threads that share an operation, from now on (1 to 256). Not while another thread is in a call. */
 LMI_API lmi_status lmi_set_threads(int32_t num_threads);
-/* Caps the instruction set to "base", "avx2", "avx512" or, with "best", to what this machine has; LMI_UNSUPPORTED if it lacks the level. */
+/* Caps the instruction set to "base", "avx2", "avx512", "avx512bf16", "amx" or, with "best", to what this machine has; LMI_UNSUPPORTED if
+ * it lacks the level. Packed weights are the same at every level. */
 LMI_API lmi_status lmi_set_level(const char *level);
 
 /* ---- norms ---- */

@@ -126,7 +126,7 @@ def test_last_dimension_must_lie_together(library: Library) -> None:
 def test_packed_bytes_are_zero_for_what_cannot_be(library: Library) -> None:
     packed_bytes = library.function("linear_packed_bytes")
 
-    assert packed_bytes(33, 10, library.constant("BF16"), library.constant("DENSE"), 0, 0) == 2 * 10 * 64
+    assert packed_bytes(33, 10, library.constant("BF16"), library.constant("DENSE"), 0, 0) == 2 * 32 * 64
     assert packed_bytes(33, 10, library.constant("I32"), library.constant("DENSE"), 0, 0) == 0
     assert packed_bytes(33, 10, library.constant("BF16"), library.constant("INT4"), 3, 0) == 0
     assert packed_bytes(33, 10, library.constant("BF16"), library.constant("DENSE"), 0, 1) == 0

@@ -65,6 +65,15 @@ def test_kernels_pass_under_sanitizers(environment: dict[str, str]) -> None:
     assert int(re.search(r"(\d+) passed", output)[1]) > 500  # type: ignore[index]  # pytest says it
 
 
+def test_amx_level_is_right_with_its_instructions_in_c(environment: dict[str, str]) -> None:
+    """Few machines have AMX: the same sources on twins of its instructions (kernels/common/amx_twin.h), bits included."""
+    tests = [sys.executable, "-m", "pytest", "tests/kernels/test_linear.py", f"--library={LIBRARY}", "--levels=amx-emulated"]
+
+    output = run([*tests, "--threads=2", "-x"], env=environment)
+
+    assert int(re.search(r"(\d+) passed", output)[1]) > 100  # type: ignore[index]  # pytest says it
+
+
 def test_sanitizer_catches_reading_beyond_a_tensor(environment: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_BOUNDS, str(LIBRARY)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False

@@ -1,0 +1,122 @@
+/* Of linear.cc: bf16 by the tile instructions of AMX, and which kind of tiles bf16 weights get at this level. */
+#pragma once
+#include "common/amx.h"
+#include "cpu/linear_tiles.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+#if defined(LMI_AMX)
+/* 32 rows times 32 outputs are four accumulators (0 to 3); a step of 32 inputs loads two tiles of x (4, 5) and two of weights (6, 7).
+ * Up to 16 rows are one tile of x and two accumulators, cut to the rows there are; so one row costs what reading the weights costs.
+ * x: [steps of 32 inputs][rows][32], inputs beyond the last one 0. */
+class AmxTiles {
+ public:
+  static constexpr int64_t kMaxRows = 32, kBlockRows = 1024;
+
+  AmxTiles() = default;
+  AmxTiles(const AmxTiles &) = delete;
+  AmxTiles &operator=(const AmxTiles &) = delete;
+  ~AmxTiles() {
+    if (tile_rows_) _tile_release();
+  }
+
+  static int64_t width(int64_t num_rows) { return num_rows <= 16 ? num_rows : kMaxRows; }
+  static int64_t x_bytes(int64_t width, int64_t num_inputs) { return (num_inputs + kStep - 1) / kStep * kStep * width * 2; }
+
+  static void read(const lmi_tensor &x, int64_t first, int64_t num_rows, char *to) {
+    const int64_t num = width(num_rows);
+    for (int64_t e = 0; e < x.size[1]; e += kStep) {
+      const size_t num_bytes = static_cast<size_t>(std::min(kStep, x.size[1] - e)) * 2;
+      for (int64_t row = 0; row < num; ++row, to += 2 * kStep) {
+        if (row >= num_rows || num_bytes < 2 * kStep) std::memset(to, 0, 2 * kStep);
+        if (row < num_rows) std::memcpy(to, static_cast<const uint16_t *>(at(x, first + row)) + e, num_bytes);
+      }
+    }
+  }
+
+  void multiply(int64_t width, const char *panel, const PanelLayout &, Inputs inputs, const char *x, float *y, Next next) {
+    configure(static_cast<int>(std::min<int64_t>(width, 16)));
+    const char *weights = panel + inputs.first / kStep * kWeightBytes;
+    const int64_t num_steps = (inputs.num + kStep - 1) / kStep;
+    if (width == kMaxRows) multiply_32(weights, num_steps, x, y, inputs.first == 0, next);
+    else multiply_16(weights, num_steps, x, width * 2 * kStep, y, inputs.first == 0, next);
+  }
+
+ private:
+  static constexpr int64_t kStep = kTileInputs, kWeightBytes = 2 * kStep * kPanel;
+  static constexpr int64_t kRowBytes = 4 * kPanel, kLower = 16 * kPanel; /* of y, and where its rows 16 to 31 begin */
+
+  void configure(int tile_rows) {
+    if (tile_rows == tile_rows_) return;
+    configure_tiles(tile_rows);
+    tile_rows_ = tile_rows;
+  }
+
+  static void ask(Next &next) {
+    const char *end = next.at + kStep / 2 * next.step; /* a step has 16 columns */
+    for (; next.at < end; next.at += 64) __builtin_prefetch(next.at, 0, 2);
+    next.at = end;
+  }
+
+  static void multiply_32(const char *weights, int64_t num_steps, const char *x, float *y, bool is_first, Next next) {
+    if (is_first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, y, kRowBytes);
+      _tile_loadd(1, y + kHalf, kRowBytes);
+      _tile_loadd(2, y + kLower, kRowBytes);
+      _tile_loadd(3, y + kLower + kHalf, kRowBytes);
+    }
+    for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += kMaxRows * 64) {
+      ask(next);
+      _tile_loadd(6, weights, 128);
+      _tile_loadd(4, x, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, weights + 64, 128);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, x + 16 * 64, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, y, kRowBytes);
+    _tile_stored(1, y + kHalf, kRowBytes);
+    _tile_stored(2, y + kLower, kRowBytes);
+    _tile_stored(3, y + kLower + kHalf, kRowBytes);
+  }
+
+  static void multiply_16(const char *weights, int64_t num_steps, const char *x, int64_t step_bytes, float *y, bool is_first, Next next) {
+    if (is_first) {
+      _tile_zero(0);
+      _tile_zero(1);
+    } else {
+      _tile_loadd(0, y, kRowBytes);
+      _tile_loadd(1, y + kHalf, kRowBytes);
+    }
+    for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += step_bytes) {
+      ask(next);
+      _tile_loadd(4, x, 64);
+      _tile_loadd(6, weights, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, weights + 64, 128);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, y, kRowBytes);
+    _tile_stored(1, y + kHalf, kRowBytes);
+  }
+
+  int tile_rows_ = 0; /* as configured; 0: not yet */
+};
+
+using BF16Tiles = AmxTiles;
+#elif defined(__AVX512BF16__)
+using BF16Tiles = DotTiles;
+#else
+using BF16Tiles = FloatTiles<BF16Columns>;
+#endif
+
+}  // namespace
+}  // namespace lmi::LMI_LEVEL
