@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -94,14 +94,23 @@ REQUIRED = object()
 
 
 class ConfigKeys:
-    """Typed reading of one JSON object of a checkpoint: each accessor gives the value or raises ConfigError by name."""
+    """Typed reading of one JSON object of a checkpoint: each accessor gives the value or raises ConfigError by name.
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    `names` maps our names of keys to those of an architecture whose config.json has words of its own; its word goes first.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None) -> None:
         self.values = values
         self.where = where
+        self.names = names or {}
 
     def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self._value(name) is not None
+
+    def but(self, values: Mapping[str, object]) -> "ConfigKeys":
+        """These keys with other values for some, under our names."""
+        names = {name: word for name, word in self.names.items() if name not in values}
+        return ConfigKeys({**self.values, **values}, self.where, names)
 
     def integer(self, name: str, default: Any = REQUIRED, minimum: int = 1) -> int:
         value = self._get(name, default)
@@ -139,7 +148,7 @@ class ConfigKeys:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """One integer or a list of them; empty when absent."""
-        value = self.values.get(name)
+        value = self._value(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(x, int) and not isinstance(x, bool) for x in items):
             raise self.refuse(name, "must be an integer or a list of integers")
@@ -153,15 +162,23 @@ class ConfigKeys:
         return ConfigKeys(value, f"{self.where}: {name}")
 
     def refuse(self, name: str, rule: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {name}={self.values.get(name)!r} {rule}")
+        return ConfigError(f"{self.where}: {self._word(name)}={self._value(name)!r} {rule}")
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
+        value = self._value(name)
         if value is not None:
             return value
         if default is REQUIRED:
-            raise ConfigError(f"{self.where}: {name} is missing")
+            raise ConfigError(f"{self.where}: {self.names.get(name, name)} is missing")
         return default
+
+    def _value(self, name: str) -> Any:
+        return self.values.get(self._word(name))
+
+    def _word(self, name: str) -> str:
+        """What this object calls it."""
+        word = self.names.get(name, name)
+        return name if self.values.get(word) is None else word
 
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -191,7 +208,7 @@ class RopeConfig:
     @classmethod
     def read(cls, keys: ConfigKeys, max_position: int) -> "RopeConfig":
         """Raises ConfigError on a type that is not implemented or a missing parameter of it."""
-        rope = keys.section("rope_scaling") if keys.values.get("rope_scaling") else keys.section("rope_parameters")
+        rope = keys.section("rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters")
         kind = rope.choice("rope_type" if "rope_type" in rope else "type", (*ROPE_TYPES, "su"), default="default")
         kind = "longrope" if kind == "su" else kind
         original = max_position
@@ -245,7 +262,7 @@ class ModelConfig:
     vocab_size: int
     max_position: int
     rope: RopeConfig
-    sliding_window: int | None
+    windows: tuple[int, ...]  # of each layer: keys that a token sees, itself included; 0: all
     tied_embeddings: bool
     dtype: Literal["fp32", "fp16", "bf16"]
     bos_token_id: int | None
@@ -253,14 +270,14 @@ class ModelConfig:
     generation: Mapping[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
 
     @classmethod
-    def load(cls, folder: Path, supported: Mapping[str, Mapping[str, object]]) -> "ModelConfig":
-        """Read config.json and generation_config.json. `supported`: architecture to the values of keys that config.json may leave
-        out. Raises CheckpointError for files, ConfigError for their contents."""
+    def load(cls, folder: Path, supported: Mapping[str, Callable[[ConfigKeys], ConfigKeys]]) -> "ModelConfig":
+        """Read config.json and generation_config.json. `supported`: architecture to the function that gives its config.json our
+        names of keys. Raises CheckpointError for files, ConfigError for their contents."""
         keys = ConfigKeys(_read_json(folder / "config.json"), str(folder / "config.json"))
         wishes_path = folder / "generation_config.json"
         wishes = ConfigKeys(_read_json(wishes_path) if wishes_path.exists() else {}, str(wishes_path))
         architecture = _architecture(keys, supported)
-        keys = ConfigKeys({**supported[architecture], **keys.values}, keys.where)
+        keys = supported[architecture](keys)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         head_dim = keys.integer("head_dim", default=hidden // heads)
         if head_dim % 8 or head_dim > 256:
@@ -270,26 +287,31 @@ class ModelConfig:
             raise keys.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
         trained_positions = keys.integer("max_position_embeddings", default=2048)
         rope = RopeConfig.read(keys, trained_positions)
-        window = keys.integer("sliding_window", default=None, minimum=0)
+        num_layers = keys.integer("num_hidden_layers")
         return cls(
             folder=folder,
             architecture=architecture,
             keys=keys,
             hidden_size=hidden,
-            num_layers=keys.integer("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=keys.integer("vocab_size"),
             max_position=rope.reach(trained_positions),
             rope=rope,
-            sliding_window=window or None,
+            windows=_windows(keys, num_layers),
             tied_embeddings=keys.boolean("tie_word_embeddings", default=False),
             dtype=CHECKPOINT_DTYPES[keys.choice("dtype" if "dtype" in keys else "torch_dtype", CHECKPOINT_DTYPES, "float32")],
             bos_token_id=next(iter(keys.integers("bos_token_id")), None),
             eos_token_ids=wishes.integers("eos_token_id") or keys.integers("eos_token_id"),
             generation=_sampling_wishes(wishes),
         )
+
+    @property
+    def window(self) -> int:
+        """Keys that any layer looks back to, the token's own included; 0: some layer sees all."""
+        return 0 if 0 in self.windows else max(self.windows)
 
     def model_len(self, wanted: int | None) -> int:
         """Tokens that a sequence may have. Raises ConfigError when more is wanted than the model can do."""
@@ -306,6 +328,21 @@ def _architecture(keys: ConfigKeys, supported: Collection[str]) -> str:
         if isinstance(name, str) and name in supported:
             return name
     raise keys.refuse("architectures", f"has none that is supported; supported are {', '.join(sorted(supported))}")
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _windows(keys: ConfigKeys, num_layers: int) -> tuple[int, ...]:
+    """Each layer's window: all have one, or those that layer_types or max_window_layers (Qwen: those from there on) tell."""
+    window = keys.integer("sliding_window", default=0, minimum=0) if keys.boolean("use_sliding_window", default=True) else 0
+    if "layer_types" not in keys:
+        first = keys.integer("max_window_layers", default=0, minimum=0)
+        return tuple(window if layer >= first else 0 for layer in range(num_layers))
+    kinds = keys.values["layer_types"]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in LAYER_TYPES for kind in kinds):
+        raise keys.refuse("layer_types", f"must be a list of {num_layers}, each {' or '.join(LAYER_TYPES)}")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _sampling_wishes(wishes: ConfigKeys) -> dict[str, float]:

@@ -68,7 +68,7 @@ class Engine:
         self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
         self._runner = Runner(self.config, self.model, self.memory)
         self._sampler = Sampler()
-        self._scheduler = _scheduler(self.config, self.memory.num_blocks)
+        self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
         self._jobs: dict[str, Job] = {}
         self._candidates: dict[int, Candidate] = {}  # by sequence
         self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = 0
@@ -262,7 +262,7 @@ class Engine:
         return [output for job in jobs for output in self._end(job, "error", error)]
 
 
-def _scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+def _scheduler(config: EngineConfig, num_blocks: int, window: int) -> Scheduler:
     assert config.prefill_chunk_tokens is not None, "explain has chosen it"
     return Scheduler(
         num_blocks=num_blocks,
@@ -272,4 +272,5 @@ def _scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         prefix_caching=config.enable_prefix_caching,
         chunked_prefill=config.enable_chunked_prefill,
+        window=window,
     )

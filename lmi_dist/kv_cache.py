@@ -134,6 +134,7 @@ class _Demand:
         """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch and of prompts."""
         model = self.model
         feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
+        feed_forward *= model.keys.integer("num_experts_per_tok", default=1)
         heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
         tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
         per_token = (4 * model.hidden_size + heads + feed_forward) * self.item_bytes

@@ -33,6 +33,7 @@ class Runner:
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
         self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes)
         heads = Heads.share(link.ranks, model.num_heads, model.num_kv_heads, model.head_dim)
+        self.window = model.window  # for the scheduler: older keys are not looked at
         self.cache = KVCache(memory, model.num_layers, len(heads.key), model.head_dim)
 
     @torch.inference_mode()

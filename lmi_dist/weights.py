@@ -21,7 +21,7 @@ from lmi_dist.fetch import Progress, fetch
 from lmi_dist.link import Link
 from lmi_dist.parallel import Ranks
 
-__all__ = ["Checkpoint", "Inventory", "Progress", "TensorInfo", "Weights", "fetch"]
+__all__ = ["WHOLE", "Checkpoint", "Inventory", "Progress", "TensorInfo", "Weights", "fetch"]
 
 PIECE_BYTES = 8 << 20  # large against the cost of opening a file, small against any model
 SAFETENSORS_DTYPES = {
@@ -131,23 +131,32 @@ class Weights:
         return out
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], rows: slice = WHOLE, columns: slice = WHOLE
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: slice = WHOLE,
+        columns: slice = WHOLE,
+        *,
+        transposed: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """The same without a copy of the whole: (row of the slice, some rows from there on), ascending. A piece must not be
-        written, and is gone when the next one comes."""
+        written, and is gone when the next one comes. `transposed`: in the file the columns are the rows."""
         info = self.checkpoint.tensors.get(name)
-        if info is None or info.shape != shape:
-            raise _mismatch([name] if info is None else [], [] if info is None else [_wrong(name, info, shape)])
+        stored = shape[::-1] if transposed else shape
+        if info is None or info.shape != stored:
+            raise _mismatch([name] if info is None else [], [] if info is None else [_wrong(name, info, stored)])
         mine = range(shape[0])[rows]
         step = max(1, PIECE_BYTES * shape[0] // max(info.size_bytes, 1))
         for first in range(mine.start, mine.stop, step):
             part = slice(first, min(first + step, mine.stop))
-            yield first - mine.start, self._converted(self.checkpoint.read(name, part, columns))
+            read = self.checkpoint.read(name, columns, part).T if transposed else self.checkpoint.read(name, part, columns)
+            yield first - mine.start, self._converted(read)
             self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
 
     def _converted(self, piece: torch.Tensor) -> torch.Tensor:
-        """In the model's dtype: in one buffer for all, since thousands of short-lived ones would leave the heap full of holes."""
-        if piece.dtype == self.dtype:
+        """In the model's dtype, row by row: in one buffer for all, since thousands of short-lived ones would leave the heap full
+        of holes."""
+        if piece.dtype == self.dtype and piece.stride(-1) == 1:
             return piece
         if piece.numel() > self._buffer.numel():
             self._buffer = torch.empty(piece.numel(), dtype=self.dtype)
@@ -162,18 +171,25 @@ class Inventory(Weights):
         super().__init__(checkpoint, dtype, link, kind)
         self.num_bytes = 0  # that building the model reads; a tied embedding is read twice
         self._asked: set[str] = set()
-        self._missing: list[str] = []
-        self._wrong: list[str] = []
+        self._missing: dict[str, None] = {}  # each once, in the order in which they were asked for
+        self._wrong: dict[str, None] = {}
 
     def pieces(
-        self, name: str, shape: tuple[int, ...], rows: slice = WHOLE, columns: slice = WHOLE
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: slice = WHOLE,
+        columns: slice = WHOLE,
+        *,
+        transposed: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         info = self.checkpoint.tensors.get(name)
+        stored = shape[::-1] if transposed else shape
         self._asked.add(name)
         if info is None:
-            self._missing.append(name)
-        elif info.shape != shape:
-            self._wrong.append(_wrong(name, info, shape))
+            self._missing[name] = None
+        elif info.shape != stored:
+            self._wrong[_wrong(name, info, stored)] = None
         else:
             self.num_bytes += info.size_bytes * len(range(shape[0])[rows]) // shape[0]
         return iter(())
@@ -194,7 +210,7 @@ def _wrong(name: str, info: TensorInfo, shape: tuple[int, ...]) -> str:
     return f"{name} has shape {list(info.shape)}, expected {list(shape)}"
 
 
-def _mismatch(missing: list[str], wrong: list[str], surplus: Collection[str] = ()) -> CheckpointError:
+def _mismatch(missing: Collection[str], wrong: Collection[str], surplus: Collection[str] = ()) -> CheckpointError:
     kinds = {"missing": missing, "of a wrong shape": wrong, "not part of this architecture": surplus}
     told = [f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds.items() if found]
     return CheckpointError(f"the checkpoint's tensors are not what config.json promises: {'; '.join(told)}")

@@ -1,29 +1,116 @@
-"""Self-attention over the blocks of the KV pool: rotate, write the new keys, attend."""
+"""Self-attention over the blocks of the KV pool: project, rotate, write the new keys, attend, project back."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
+from lmi_dist.config import ModelConfig
+from lmi_dist.layers.linear import Linear
+from lmi_dist.layers.qkv import Layout, load_qkv
 from lmi_dist.parallel import Heads
+from lmi_dist.weights import Weights
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SelfAttention:
+    """out(attend(qkv(x))), x: [T,E]"""
+
+    def __init__(self, qkv: Linear, attend: "PagedAttention", out: Linear) -> None:
+        self.qkv, self.attend, self.out = qkv, attend, out
+
+    @classmethod
+    def load(
+        cls,
+        weights: Weights,
+        config: ModelConfig,
+        layer: int,
+        qkv: Layout,
+        out: str,
+        *,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        transposed: bool = False,
+        alibi: torch.Tensor | None = None,
+        **options: Any,
+    ) -> "SelfAttention":
+        """`bias`: of all projections, or of qkv alone if `out_bias` is given; `transposed`: all of them are in the file; `alibi`:
+        fp32 slopes of all heads; `options`: PagedAttention's."""
+        heads = Heads.share(weights.ranks, config.num_heads, config.num_kv_heads, config.head_dim)
+        return cls(
+            load_qkv(weights, heads, qkv, hidden=config.hidden_size, bias=bias, transposed=transposed),
+            PagedAttention(
+                layer,
+                heads,
+                window=config.windows[layer],
+                alibi=None if alibi is None else alibi[heads.query.start : heads.query.stop],
+                **options,
+            ),
+            Linear.load(
+                weights,
+                [out],
+                "inputs",
+                inputs=heads.num_query * heads.size,
+                outputs=[config.hidden_size],
+                parts=[heads.query_features],
+                bias=bias if out_bias is None else out_bias,
+                transposed=transposed,
+            ),
+        )
+
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        return self.out(self.attend(self.qkv(x, batch), batch), batch)
 
 
 class PagedAttention:
     """softmax(scale q k^T) v over all keys of each sequence (Vaswani et al. 2017; blocks: Kwon et al. 2023). Query heads share key
-    heads in groups of H // K; `heads` are those of this rank. `window`: keys that a token sees, itself included; 0: all."""
+    heads in groups of H // K; `heads` are those of this rank.
 
-    def __init__(self, layer: int, heads: Heads, *, window: int = 0) -> None:
+    scale: D^-0.5 if not given. window: keys that a token sees, itself included; 0: all. soft_cap: Gemma 2's, 0: none.
+    alibi: fp32 [H] slopes. interleaved: rotary turns pairs (2i, 2i+1) instead of (i, i+half). qk_norm: what is done to q [T,H,D]
+    and to k [T,K,D] before they are turned.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        heads: Heads,
+        *,
+        scale: float | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        alibi: torch.Tensor | None = None,
+        interleaved: bool = False,
+        qk_norm: tuple[Norm, Norm] | None = None,
+    ) -> None:
         self.layer, self.head_dim, self.window = layer, heads.size, window
         self.first_key, self.first_value = len(heads.query), len(heads.query) + len(heads.key)
-        self.scale = heads.size**-0.5
+        self.scale = heads.size**-0.5 if scale is None else scale
+        self.soft_cap, self.alibi, self.interleaved, self.qk_norm = soft_cap, alibi, interleaved, qk_norm
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
         q, k, v = heads[:, : self.first_key], heads[:, self.first_key : self.first_value], heads[:, self.first_value :]
+        if self.qk_norm is not None:
+            q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         cache = batch.cache.layers[self.layer]
         cos, sin, rows = batch.rope or (None, None, None)
-        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots)
+        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved)
         out = ops.attention(
-            q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables, scale=self.scale, window=self.window
-        )
+            q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables,
+            scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi,
+        )  # fmt: skip
         return out.flatten(1)
+
+
+def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> torch.Tensor:
+    """Slopes of attention with linear biases, fp32 [H]: 2^(-max_bias i / n) for n heads; where n is no power of two, every other
+    one of the next power's, then what lies between (Press et al. 2022, and their code for the other numbers)."""
+    power = 1 << (num_heads - 1).bit_length()
+    slopes = 2.0 ** (-max_bias / power * torch.arange(1, power + 1, dtype=torch.float64))
+    ordered = slopes if power == num_heads else torch.cat((slopes[1::2], slopes[::2]))
+    return ordered[:num_heads].float()

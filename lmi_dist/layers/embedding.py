@@ -10,21 +10,36 @@ from lmi_dist.weights import Weights
 
 
 class Embedding:
-    """Rows of a table [V,E], of which each rank holds some of the vocabulary."""
+    """Rows of a table [V,E], times `scale`; each rank holds some of the vocabulary."""
 
-    def __init__(self, table: torch.Tensor, first_id: int, link: Link) -> None:
-        self.table, self.first_id, self.link = table, first_id, link
+    def __init__(self, table: torch.Tensor, first_id: int, link: Link, scale: float = 1.0) -> None:
+        self.table, self.first_id, self.link, self.scale = table, first_id, link, scale
 
     @classmethod
-    def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int) -> "Embedding":
+    def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int, *, scale: float = 1.0) -> "Embedding":
         mine = weights.ranks.slice(vocab_size, "vocab_size")
-        return cls(weights.tensor(f"{prefix}.weight", (vocab_size, hidden_size), mine), mine.start, weights.link)
+        return cls(weights.tensor(f"{prefix}.weight", (vocab_size, hidden_size), mine), mine.start, weights.link, scale)
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """[T,E]; what a batch brings as embeddings is taken as it is."""
         if batch.embeddings is not None:
             return batch.embeddings
-        return self.link.all_reduce(ops.embedding(batch.ids, self.table, first_id=self.first_id))
+        return self.link.all_reduce(ops.embedding(batch.ids, self.table, first_id=self.first_id, scale=self.scale))
+
+
+class Positions:
+    """Learned positions (Gehring et al. 2017): position p is row p + offset of a table [positions + offset,E]."""
+
+    def __init__(self, table: torch.Tensor, offset: int) -> None:
+        self.table, self.offset = table, offset
+
+    @classmethod
+    def load(cls, weights: Weights, prefix: str, num_positions: int, hidden_size: int, *, offset: int = 0) -> "Positions":
+        return cls(weights.tensor(f"{prefix}.weight", (num_positions + offset, hidden_size)), offset)
+
+    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+        """[T,E]"""
+        return ops.embedding(batch.positions, self.table, first_id=-self.offset)
 
 
 class Head:
@@ -35,9 +50,9 @@ class Head:
         self.linear, self.link = linear, link
 
     @classmethod
-    def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int) -> "Head":
+    def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int, *, bias: bool = False) -> "Head":
         """`prefix` is the embedding's where the two are tied: the head then packs a copy of its own."""
-        return cls(Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size]), weights.link)
+        return cls(Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size], bias=bias), weights.link)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [R,E]; gives fp32 [R,V] on rank 0, on the others their part of it."""

@@ -1,4 +1,6 @@
-"""The feed-forward block with a gate."""
+"""The feed-forward block, with a gate or without."""
+
+from functools import partial
 
 import torch
 
@@ -21,6 +23,37 @@ ACTIVATIONS: dict[str, ops.Activation] = {
 }
 
 
+class MLP:
+    """down(act(up(x))) (Vaswani et al. 2017). x: [T,E]"""
+
+    def __init__(self, up: Linear, down: Linear, activation: ops.Activation) -> None:
+        self.up, self.down, self.activation = up, down, activation
+
+    @classmethod
+    def load(
+        cls,
+        weights: Weights,
+        up: str,
+        down: str,
+        *,
+        hidden: int,
+        feed_forward: int,
+        activation: str,
+        bias: bool = True,
+        transposed: bool = False,
+    ) -> "MLP":
+        """`activation`: a key of ACTIVATIONS; `transposed`: both linears are in the file."""
+        load = partial(Linear.load, weights, bias=bias, transposed=transposed)
+        return cls(
+            load([up], "outputs", inputs=hidden, outputs=[feed_forward]),
+            load([down], "inputs", inputs=feed_forward, outputs=[hidden]),
+            ACTIVATIONS[activation],
+        )
+
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        return self.down(self.up(x, batch, activation=self.activation), batch)
+
+
 class GatedMLP:
     """down(act(gate(x)) * up(x)) (Shazeer 2020, GLU variants). x: [T,E]"""
 
@@ -29,11 +62,25 @@ class GatedMLP:
 
     @classmethod
     def load(
-        cls, weights: Weights, gate: str, up: str, down: str, *, hidden: int, feed_forward: int, activation: str, bias: bool
+        cls,
+        weights: Weights,
+        gate: str,
+        up: str,
+        down: str,
+        *,
+        hidden: int,
+        feed_forward: int,
+        activation: str,
+        bias: bool = False,
     ) -> "GatedMLP":
-        """`activation`: a key of ACTIVATIONS."""
-        sizes = [feed_forward, feed_forward]
-        gate_up = Linear.load(weights, [gate, up], "outputs", inputs=hidden, outputs=sizes, bias=bias, gated=True)
+        """`activation`: a key of ACTIVATIONS. Where `gate` and `up` are the same name, that linear holds one above the other."""
+        mine, size = weights.ranks.slice(feed_forward, gate), feed_forward
+        parts = [mine, mine]
+        if gate == up:
+            size, parts = 2 * feed_forward, [mine, slice(mine.start + feed_forward, mine.stop + feed_forward)]
+        gate_up = Linear.load(
+            weights, [gate, up], "outputs", inputs=hidden, outputs=[size, size], parts=parts, bias=bias, gated=True
+        )
         return cls(
             gate_up,
             Linear.load(weights, [down], "inputs", inputs=feed_forward, outputs=[hidden], bias=bias),

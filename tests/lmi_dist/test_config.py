@@ -1,6 +1,7 @@
 """EngineConfig refuses by name; ModelConfig reads config.json in both spellings."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 from lmi_dist.config import ConfigKeys, EngineConfig, ModelConfig, RopeConfig
 from lmi_dist.errors import CheckpointError, ConfigError
 
-SUPPORTED: dict[str, dict[str, object]] = {"LlamaForCausalLM": {}, "MistralForCausalLM": {"sliding_window": 4096}}
+SUPPORTED: dict[str, Callable[[ConfigKeys], ConfigKeys]] = {
+    "LlamaForCausalLM": lambda keys: keys,
+    "MistralForCausalLM": lambda keys: ConfigKeys({"sliding_window": 4096, **keys.values}, keys.where),
+    "GPT2LMHeadModel": lambda keys: ConfigKeys(keys.values, keys.where, {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}),
+}
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
@@ -104,9 +109,35 @@ def test_dtype_is_read_in_both_spellings(tmp_path: Path, name: str) -> None:
 def test_architectures_default_holds_where_key_is_absent(tmp_path: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"]}
 
-    assert read(tmp_path, **mistral).sliding_window == 4096
-    assert read(tmp_path, **mistral, sliding_window=None).sliding_window is None
-    assert read(tmp_path, **mistral, sliding_window=7).sliding_window == 7
+    assert read(tmp_path, **mistral).windows == (4096, 4096)
+    assert read(tmp_path, **mistral, sliding_window=None).windows == (0, 0)
+    assert read(tmp_path, **mistral, sliding_window=7).windows == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "windows", "window"),
+    [
+        ({}, (0, 0, 0), 0),
+        ({"sliding_window": 9}, (9, 9, 9), 9),
+        ({"sliding_window": 9, "use_sliding_window": False}, (0, 0, 0), 0),
+        ({"sliding_window": 9, "max_window_layers": 1}, (0, 9, 9), 0),
+        ({"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, (9, 0, 9), 0),
+    ],
+)
+def test_windows_are_told_for_each_layer(tmp_path: Path, values: dict[str, Any], windows: tuple[int, ...], window: int) -> None:
+    config = read(tmp_path, num_hidden_layers=3, **values)
+
+    assert (config.windows, config.window) == (windows, window)
+
+
+def test_key_is_found_and_told_under_its_own_name(tmp_path: Path) -> None:
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_embd": 32}
+
+    assert (read(tmp_path, **gpt2).hidden_size, read(tmp_path, **gpt2).num_layers) == (32, 2)
+    with pytest.raises(ConfigError, match="n_embd=0 must be an integer"):
+        read(tmp_path, **{**gpt2, "n_embd": 0})
+    with pytest.raises(ConfigError, match="n_embd is missing"):
+        read(tmp_path, **{**gpt2, "n_embd": None, "hidden_size": None})
 
 
 def test_generation_config_gives_ends_and_sampling(tmp_path: Path) -> None:
@@ -150,6 +181,8 @@ def test_model_len_is_bounded_by_positions(tmp_path: Path) -> None:
         ),
         ({"eos_token_id": "2"}, "eos_token_id='2' must be an integer"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
+        ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] must be a list of 2"),
+        ({"layer_types": ["full_attention", "chunked"]}, "each full_attention or sliding_attention"),
     ],
 )
 def test_bad_key_of_config_json_is_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.kv_cache import KVCache, MemoryPlan, plan_memory
 from lmi_dist.models import read_config
-from lmi_dist.plan import Chunk
+from lmi_dist.plan import Chunk, Plan
 from lmi_dist.runner import Runner
 from lmi_dist.scheduler import Scheduler, Sequence, wants_token
 from lmi_dist.weights import Checkpoint
@@ -46,7 +46,8 @@ def make_runner(folder: Path, kernels: str = "cpu", **values: Any) -> Runner:
 def make_scheduler(runner: Runner, **values: Any) -> Scheduler:
     num_blocks = len(runner.cache.layers[0].k)
     defaults = {"max_batch_size": 32, "max_prefill_tokens": 4096, "prefill_chunk_tokens": 4096, "prefix_caching": False}
-    return Scheduler(**{"num_blocks": num_blocks, "block_size": BLOCK_SIZE, **defaults, **values})
+    sizes = {"num_blocks": num_blocks, "block_size": BLOCK_SIZE, "window": runner.window}
+    return Scheduler(**{**sizes, **defaults, **values})
 
 
 def run(runner: Runner, scheduler: Scheduler, prompts: dict[int, tuple[int, ...]], num_steps: int = 64) -> dict[int, Course]:
@@ -70,3 +71,8 @@ def _choose(chunk: Chunk, logits: Any, courses: dict[int, Course]) -> list[int]:
     courses[chunk.sequence].logits.append(row)
     courses[chunk.sequence].ids.append(int(row.argmax()))
     return courses[chunk.sequence].ids[-1:]
+
+
+def logits_at_every_position(runner: Runner, ids: tuple[int, ...]) -> torch.Tensor:
+    table = tuple(range(-(-len(ids) // BLOCK_SIZE)))
+    return runner.forward(Plan(step=0, chunks=(Chunk(0, ids, 0, table, len(ids), len(ids)),)))

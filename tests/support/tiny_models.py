@@ -2,74 +2,23 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tiny_tokenizers
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from tiny_variants import BASES, KINDS, LLAMA_BASE, VARIANTS, VOCABULARY
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 NUM_STEPS = 64
+TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order
 LEAST_GAP = 1e-4  # between the two best logits; below it fp32 may choose either
-VOCABULARY = 512  # at least the tokenizer's
-ORIGINAL = 40  # positions that dynamic and longrope scalings take as trained: below one prompt's length, above the other's
 PROMPT_LENGTHS = (11, 53)
-
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
-BASE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,  # large enough that attention looks somewhere and logits lie apart
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def _rope(kind: str, **values: object) -> dict[str, object]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
-
-
-def _longrope(half: int, **values: object) -> dict[str, object]:
-    short, long = [1.0 + 0.1 * i for i in range(half)], [1.0 + 1.5 * i for i in range(half)]
-    return _rope("longrope", short_factor=short, long_factor=long, original_max_position_embeddings=ORIGINAL, **values)
-
-
-DYNAMIC = {**_rope("dynamic", factor=4.0), "max_position_embeddings": ORIGINAL}
-LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64)
-
-# Twenty configurations that between them have every variant; each is llama or mistral with what differs from BASE.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama1": ("llama", {"num_key_value_heads": 4}),
-    "llama2-gqa": ("llama", {}),
-    "mqa": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 3}),
-    "attention-bias": ("llama", {"attention_bias": True}),
-    "mlp-bias": ("llama", {"mlp_bias": True, "hidden_act": "gelu"}),
-    "both-biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    "tied": ("llama", {"tie_word_embeddings": True, **LLAMA3}),
-    "wide-heads": ("llama", {"head_dim": 40, "num_attention_heads": 2, "num_key_value_heads": 1}),
-    "narrow-heads": ("llama", {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 4}),
-    "odd-sizes": ("llama", {"hidden_size": 72, "intermediate_size": 99, "num_attention_heads": 3, "num_key_value_heads": 3}),
-    "linear": ("llama", _rope("linear", factor=2.5)),
-    "dynamic": ("llama", DYNAMIC),
-    "dynamic-mqa": ("llama", {**DYNAMIC, "num_key_value_heads": 1, "head_dim": 24}),
-    "llama3": ("llama", {**LLAMA3, "hidden_act": "gelu_pytorch_tanh"}),
-    "yarn": ("llama", YARN),
-    "yarn-mscale": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.4,
-                                   beta_fast=16.0, beta_slow=2.0, truncate=False)),
-    "longrope": ("llama", _longrope(8)),
-    "longrope-factor": ("mistral", {**_longrope(8, attention_factor=1.25), "sliding_window": None}),
-    "mistral-window": ("mistral", {"sliding_window": 19}),
-    "mistral-window-theta": ("mistral", {"sliding_window": 64, "head_dim": 32, **_rope("default", rope_theta=1e6)}),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,16 +30,25 @@ class Reference:
     logits: torch.Tensor
 
 
+class Settled(NamedTuple):
+    """A variant's checkpoint folder, transformers' model, and its continuations of both prompts."""
+
+    folder: Path
+    model: PreTrainedModel
+    references: list[Reference]
+
+
 def build(variant: str, seed: int = 0, **values: Any) -> PreTrainedModel:
     """A transformers model with random weights, norms and biases too, which transformers would begin at 1 and 0."""
     kind, differs = VARIANTS[variant]
-    config_class, model_class = CLASSES[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**BASE, **differs, **values})).eval()
+    config_class, model_class = (getattr(transformers, name) for name in KINDS[kind])
+    model = model_class(config_class(**{**BASES.get(kind, LLAMA_BASE), **differs, **values})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in name))
+                is_norm = re.search(r"(norm|ln)\w*\.weight$", name)
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + bool(is_norm))
     model.generation_config.eos_token_id = None
     return model
 
@@ -135,6 +93,11 @@ def gap(logits: torch.Tensor) -> torch.Tensor:
     """Distance of the two best logits of each row."""
     best = logits.topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """The worst position's max|difference| / max|reference|."""
+    return float(((ours - reference).abs().amax(1) / reference.abs().amax(1)).max())
 
 
 def settled(variant: str, **values: Any) -> tuple[PreTrainedModel, list[Reference]]:
