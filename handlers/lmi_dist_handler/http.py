@@ -32,6 +32,7 @@ from lmi_dist_handler.wire import PairList
 INLINE_BYTES = 256 * 1024  # of a body that is parsed in the loop's thread
 BODY_BYTES_PER_S = 16 * 1024  # a body that comes slower than this ends with read_timeout
 CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
+FETCHED_LATER = "an answer that is fetched later (x-synchronous, x-starting-token)"
 PING_STATUS: dict[Health, str] = {
     "loading": "PENDING", "serving": "Healthy", "degraded": "Unhealthy", "restarting": "Unhealthy", "draining": "Unhealthy",
     "dead": "FAILED",
@@ -205,14 +206,18 @@ class Api:
 
 
 def _properties(request: Request) -> dict[str, str]:
-    """What a request's headers become (djl-contract 6.3). Raises HttpError for a header that would choose the handler."""
+    """What a request's headers become (djl-contract 6.3). Raises HttpError for a header that would choose the handler, or
+    fetch the answer later."""
     properties = dict(request.headers)
     for pair in properties.pop(CUSTOM_ATTRIBUTES, "").split(";"):
         key, separator, value = pair.partition("=")
         if separator:
             properties[key.strip()] = value.strip()
-    if any(key.lower() == "handler" for key in properties):
+    given = {key.lower(): value for key, value in properties.items()}
+    if "handler" in given:
         raise HttpError(400, "The handler can't be overridden in a request")
+    if given.get("x-synchronous", "true").lower() != "true" or "x-starting-token" in given:
+        raise HttpError(400, f"{FETCHED_LATER} is known but not built yet; leave the header out")
     for key in [key for key in properties if key.lower() in PRIVATE]:
         del properties[key]
     path = request.scope["path"]

@@ -178,7 +178,9 @@ SERVER_UNBUILT = {
     "management_address": (), "cors_allowed_origin": (), "cors_allowed_methods": (), "cors_allowed_headers": (),
     "keystore": (), "keystore_pass": (), "keystore_type": (), "private_key_file": (), "certificate_file": (),
     "model_url_pattern": (), "batch_size": ONE, "min_workers": ONE, "max_workers": ONE,
-    "load_on_devices": ("*", "0", "-1", "cpu"),
+    "load_on_devices": ("*", "0", "-1", "cpu"), "bad_request_http_code": ("400",), "wlm_error_http_code": ("503",),
+    "throttle_error_http_code": ("503",), "server_error_http_code": ("500",), "timeout_http_code": ("400",),
+    "error_rate_wlm": (), "error_rate_server": (), "error_rate_model": (), "error_rate_any": (),
 }  # fmt: skip
 
 SERVER_IGNORED = frozenset((

@@ -200,7 +200,7 @@ SILENT = (
 )  # fmt: skip
 REFUSED_VARIABLES = {
     "HF_MODEL_QUANTIZE": "gptq", "SERVING_MIN_WORKERS": "2", "SERVING_MAX_WORKERS": "2", "SAGEMAKER_NUM_MODEL_WORKERS": "2",
-    "PIPELINE_PARALLEL_DEGREE": "2", "DJL_ENTRY_POINT": "mine.py",
+    "PIPELINE_PARALLEL_DEGREE": "2", "DJL_ENTRY_POINT": "mine.py", "PYTHON_EXECUTABLE": "/usr/bin/python3",
 }  # fmt: skip
 
 

@@ -222,6 +222,15 @@ def test_clients_cannot_choose_the_handler(headers: dict[str, str]) -> None:
     assert (response.status_code, response.json()["message"]) == (400, "The handler can't be overridden in a request")
 
 
+@pytest.mark.parametrize("header", [{"x-synchronous": "False"}, {"x-starting-token": "abc"}])
+def test_answer_to_be_fetched_later_is_refused(header: dict[str, str]) -> None:
+    response = call(FakeHost(), "POST", "/invocations", headers=header)
+
+    assert response.status_code == 400
+    assert "(x-synchronous, x-starting-token) is known but not built yet" in response.json()["message"]
+    assert call(FakeHost(), "POST", "/invocations", headers={"x-synchronous": "true"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path", "code", "message"),
     [
