@@ -4,6 +4,7 @@ What clients are told is in tests/end_to_end/test_bad_input.py."""
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lmi_dist_handler.metrics import Metrics
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 PIECE = b"x" * 65536
+LIMIT_S = 0.2
 
 
 class Endless:
@@ -42,7 +44,7 @@ def serve(app: Endless, talk: Callable[[socket.socket, uvicorn.Server], Awaitabl
     """The application on a socket, and a client with a small buffer that has sent one request."""
 
     async def main() -> None:
-        protocol: Any = connections(Metrics(), read_timeout_s=0.2, write_timeout_s=0.2)
+        protocol: Any = connections(Metrics(), read_timeout_s=LIMIT_S, write_timeout_s=LIMIT_S)
         server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
         listener = socket.create_server(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -84,15 +86,29 @@ def test_unread_rest_of_an_answer_is_not_kept_for_ever() -> None:
 
 
 def test_slow_reader_is_left_alone() -> None:
-    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
-        loop, size = asyncio.get_running_loop(), 0
-        for _ in range(30):  # for longer than the limit
-            size += len(await loop.sock_recv(client, 65536))
-            await asyncio.sleep(0.02)
-        while size < 100 * len(PIECE) and (data := await loop.sock_recv(client, 1 << 20)):
-            size += len(data)
-        assert size >= 100 * len(PIECE)
+    """Judged by a trial in which the reader was no slower than it meant to be: a busy machine may keep it from its turn."""
+    app, size, longest_s = Endless(100), 0, 0.0
 
-    app = Endless(100)
-    serve(app, talk)
+    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
+        nonlocal size, longest_s
+        loop, read_at = asyncio.get_running_loop(), time.monotonic()
+        while size < 100 * len(PIECE):
+            try:
+                data = await loop.sock_recv(client, 65536 if loop.time() < slow_until else 1 << 20)
+            except ConnectionResetError:
+                data = b""
+            longest_s, read_at = max(longest_s, time.monotonic() - read_at), time.monotonic()
+            size += len(data)
+            if not data:
+                return
+            await asyncio.sleep(0.02 if loop.time() < slow_until else 0)
+
+    for _ in range(20):
+        app, size, longest_s, slow_until = Endless(100), 0, 0.0, time.monotonic() + 3 * LIMIT_S
+        serve(app, talk)
+        if longest_s < LIMIT_S / 2:
+            break
+
+    assert longest_s < LIMIT_S / 2, "the machine is too busy to tell"
+    assert size >= 100 * len(PIECE)
     assert app.ended.is_set()
