@@ -3,6 +3,7 @@
 A null is as good as nothing. What was never asked for can be named in one warning.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from lmi_dist import RequestError
 logger = logging.getLogger(__name__)
 
 SHOWN = 100  # characters of a value that a message repeats
+MAX_NAMED = 16  # unknown fields of one object that the log names
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -127,8 +129,8 @@ class Fields:
         self._known.update(names)
 
     def warn_of_unknown(self) -> None:
-        """Name, once in this process, each field that nobody has asked for."""
-        for name in self.values.keys() - self._known:
+        """Name, once in this process, each field that nobody has asked for; of many only some, for a log has its limits."""
+        for name in itertools.islice((name for name in self.values if name not in self._known), MAX_NAMED):
             _warn_once(f"{self.path}{name}"[:SHOWN])
 
     def refuse(self, name: str, rule: str) -> RequestError:

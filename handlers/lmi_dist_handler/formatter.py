@@ -16,7 +16,7 @@ TGI_ROUTES = ("/", "/generate", "/generate_stream")
 # names of DJL's exceptions, which its clients find in `type`
 JAVA_TYPES = {
     400: "BadRequestException", 401: "BadRequestException", 404: "ResourceNotFoundException", 405: "MethodNotAllowedException",
-    413: "BadRequestException", 503: "ServiceUnavailableException",
+    413: "BadRequestException", 415: "BadRequestException", 503: "ServiceUnavailableException",
 }  # fmt: skip
 
 # OpenAI's type and code of an error by status

@@ -28,11 +28,11 @@ NO_CACHE = {
 }
 ROUTES = (
     "/ping", "/invocations", "/predictions", "/models", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
-    "/generate", "/generate_stream", "/endpoints", "/status.json", "/openapi.json",
+    "/generate", "/generate_stream", "/endpoints", "/status.json", "/openapi.json", "/health", "/info",
 )  # fmt: skip
 LINGER_S = 2.0  # a client that is refused is heard out this long: one that is cut off while it sends never sees the answer
 UNHEARD = (408, 499)  # it is slow, or gone
-QUIET = ("/ping", "/status.json")  # asked every few seconds, for ever
+QUIET = ("/ping", "/health", "/status.json")  # asked every few seconds, for ever
 MAX_HEADER_BYTES = 64 * 1024  # of the path, the query and all headers
 LONG_HEADERS = f"the request line and headers must be at most {MAX_HEADER_BYTES} bytes; shorten them"
 SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")

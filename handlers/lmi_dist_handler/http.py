@@ -24,6 +24,7 @@ from lmi_dist_handler.host import Health
 from lmi_dist_handler.management import Management
 from lmi_dist_handler.metrics import Metrics
 from lmi_dist_handler.registry import Registry, Served
+from lmi_dist_handler.requests import MAX_INPUTS
 from lmi_dist_handler.sagemaker import Runtime
 from lmi_dist_handler.settings import ServerSettings
 from lmi_dist_handler.streamed import Streamed
@@ -72,7 +73,10 @@ class Api:
             Route("/metrics", self.show_metrics, methods=get),
             Route("/openapi.json", self.openapi, methods=get),
             *(Route(path, self.invoke, methods=post) for path in TGI_ROUTES),
+            Route("/health", self.ping, methods=get),
+            Route("/info", self.tgi_info, methods=get),
             Route("/v1/models", self.openai_models, methods=get),
+            Route("/v1/models/{model:path}", self.openai_model, methods=get),
             Route("/v1/completions", self.openai, methods=post),
             Route("/v1/chat/completions", self.openai, methods=post),
         ]
@@ -122,8 +126,19 @@ class Api:
 
     async def openai_models(self, request: Request) -> Response:
         names = dict.fromkeys(model.name for model in self._models.all())
-        models = [{"id": name, "object": "model", "created": self._started, "owned_by": "lmi-dist"} for name in names]
-        return json_response({"object": "list", "data": models})
+        return json_response({"object": "list", "data": [self._openai_model(name) for name in names]})
+
+    async def openai_model(self, request: Request) -> Response:
+        return json_response(self._openai_model(self._models.find_openai(request.path_params["model"]).name))
+
+    def _openai_model(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "lmi-dist"}
+
+    async def tgi_info(self, request: Request) -> Response:
+        """Of what text-generation-inference tells about its model, that which is known without asking it."""
+        model = self._models.find(request.query_params.get("model_name"))
+        limits = {"max_concurrent_requests": model.queue_size, "max_client_batch_size": MAX_INPUTS}
+        return json_response({"model_id": model.model_id, **limits, "router": "lmi-dist"})
 
     async def invoke(self, request: Request) -> Response:
         """DJL's and SageMaker's routes to a model."""
@@ -206,8 +221,8 @@ class Api:
 
 
 def _properties(request: Request) -> dict[str, str]:
-    """What a request's headers become (djl-contract 6.3). Raises HttpError for a header that would choose the handler, or
-    fetch the answer later."""
+    """What a request's headers become (djl-contract 6.3). Raises HttpError for a header that would change what is done with
+    the body."""
     properties = dict(request.headers)
     for pair in properties.pop(CUSTOM_ATTRIBUTES, "").split(";"):
         key, separator, value = pair.partition("=")
@@ -218,6 +233,8 @@ def _properties(request: Request) -> dict[str, str]:
         raise HttpError(400, "The handler can't be overridden in a request")
     if given.get("x-synchronous", "true").lower() != "true" or "x-starting-token" in given:
         raise HttpError(400, f"{FETCHED_LATER} is known but not built yet; leave the header out")
+    if given.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, f"content-encoding={given['content-encoding']!r} is not taken; send the body as it is")
     for key in [key for key in properties if key.lower() in PRIVATE]:
         del properties[key]
     path = request.scope["path"]

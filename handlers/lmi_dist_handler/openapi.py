@@ -67,8 +67,9 @@ JSON = "application/json"
 STREAMS = ("text/event-stream", "text/plain")
 REFUSALS = {
     "400": "the request cannot be handed to a model", "401": "the key is missing or wrong", "404": "no such model or route",
-    "408": "the body comes too slowly", "413": "the body is too large", "424": "the request breaks a rule, or failed",
-    "500": "internal error", "503": "not ready, or too many requests wait", "507": "out of memory",
+    "408": "the body comes too slowly", "413": "the body is too large", "415": "the body is compressed",
+    "424": "the request breaks a rule, or failed", "500": "internal error",
+    "503": "not ready, or too many requests wait", "507": "out of memory",
 }  # fmt: skip
 
 
@@ -93,13 +94,17 @@ def _shown() -> Schema:
         },
         "/status.json": {"get": _operation("What the page shows", _ok())},
         "/openapi.json": {"get": _operation("This document", _ok())},
+        "/health": {"get": _operation("/ping, as TGI calls it", ping)},
+        "/info": {
+            "get": _operation("A model's limits, as TGI tells them", {**_ok(), **_errors(LMI_ERROR, "400", "404")}, ("model_name",))
+        },
         "/v1/models": {"get": _operation("The models, as OpenAI lists them", _ok())},
+        "/v1/models/{model}": _at({"get": _operation("One of them", {**_ok(), **_errors(OPENAI_ERROR, "404")})}, "model"),
     }
 
 
 def _managed() -> Schema:
-    errors = {code: _told(REFUSALS.get(code, "refused"), MANAGEMENT_ERROR) for code in ("400", "404", "409", "500", "503", "507")}
-    listed = {**_ok(), **errors}
+    listed = {**_ok(), **_errors(MANAGEMENT_ERROR, "400", "404", "409", "500", "503", "507")}
     model: Schema = {
         "get": _operation("Describe a model", listed),
         "put": _operation("Scale a model: one worker is what it has", listed, ("min_worker", "max_worker", "synchronous")),
@@ -211,5 +216,8 @@ def _told(about: str, schema: Schema) -> Schema:
 
 def _answers(error: Schema, *more: str) -> Schema:
     """What may be answered instead of text."""
-    codes = dict.fromkeys([*REFUSALS, *more])
+    return _errors(error, *dict.fromkeys([*REFUSALS, *more]))
+
+
+def _errors(error: Schema, *codes: str) -> Schema:
     return {code: _told(REFUSALS.get(code, "the request breaks a rule, or too many wait"), error) for code in codes}

@@ -59,6 +59,8 @@ def _figures(stats: Mapping[str, Any]) -> dict[str, float]:
         "kv_usage": 1 - stats["num_free_blocks"] / stats["num_blocks"],
         "prompt_tokens": stats["num_prompt_tokens"],
         "generated_tokens": stats["num_generated_tokens"],
+        "looked_up_tokens": stats["num_prefix_query_tokens"],
+        "reused_tokens": stats["num_prefix_hit_tokens"],
         "first_tokens": sum(first_token["counts"]),
         "first_token_seconds": first_token["sum"],
     }

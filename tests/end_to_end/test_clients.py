@@ -53,6 +53,12 @@ def hub(server: Server, request: pytest.FixtureRequest) -> Iterator[huggingface_
         yield client
 
 
+def test_hub_client_asks_how_the_endpoint_is(server: Server) -> None:
+    with huggingface_hub.InferenceClient(server.url, provider="hf-inference") as client:
+        assert client.health_check()
+        assert client.get_endpoint_info()["max_concurrent_requests"] == 1000
+
+
 def test_hub_client_generates(hub: huggingface_hub.InferenceClient) -> None:
     whole = hub.text_generation(PROMPT, max_new_tokens=12)
     full = hub.text_generation(PROMPT, max_new_tokens=12, return_full_text=True)
@@ -114,6 +120,14 @@ def test_hub_client_chats(server: Server, stream: bool) -> None:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+def test_openai_client_finds_the_model(client: openai.OpenAI) -> None:
+    (listed,) = client.models.list().data
+
+    assert client.models.retrieve(listed.id) == listed
+    with pytest.raises(openai.NotFoundError, match="model='other' does not exist; there is model"):
+        client.models.retrieve("other")
 
 
 def test_openai_completion_has_all_its_words(client: openai.OpenAI) -> None:

@@ -141,6 +141,7 @@ def test_page_shows_figures(browser: Chromium) -> None:
 
     assert browser.text("#running") in "01"
     assert browser.text("#kv").endswith(" %")
+    assert browser.text("#reused").endswith(" %")
     assert float(browser.text("#rate").replace(",", "")) >= 0
 
 

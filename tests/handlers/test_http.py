@@ -222,6 +222,14 @@ def test_clients_cannot_choose_the_handler(headers: dict[str, str]) -> None:
     assert (response.status_code, response.json()["message"]) == (400, "The handler can't be overridden in a request")
 
 
+def test_compressed_body_is_refused() -> None:
+    response = call(FakeHost(), "POST", "/invocations", headers={"content-encoding": "gzip"}, content=b"x")
+
+    assert (response.status_code, response.json()["type"]) == (415, "BadRequestException")
+    assert response.json()["message"] == "content-encoding='gzip' is not taken; send the body as it is"
+    assert call(FakeHost(), "POST", "/v1/completions", headers={"content-encoding": "identity"}).status_code == 200
+
+
 @pytest.mark.parametrize("header", [{"x-synchronous": "False"}, {"x-starting-token": "abc"}])
 def test_answer_to_be_fetched_later_is_refused(header: dict[str, str]) -> None:
     response = call(FakeHost(), "POST", "/invocations", headers=header)

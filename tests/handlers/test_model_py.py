@@ -34,14 +34,19 @@ def write(request_output: TextGenerationOutput) -> str:
 """
 
 
+def taken_out() -> dict[str, ModuleType]:
+    """The modules that model.py brings, taken out of sys.modules."""
+    names = [name for name in sys.modules if name == "model" or name.partition(".")[0] == "djl_python"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 @pytest.fixture(autouse=True)
 def modules() -> Iterator[None]:
-    """What model.py leaves in sys.modules goes with the test."""
-    before = dict(sys.modules)
+    """Each test begins without them, whoever has left some, and leaves none."""
+    before = taken_out()
     yield
-    for name in sys.modules.keys() - before.keys():
-        if name == "model" or name.startswith("djl_python"):
-            del sys.modules[name]
+    taken_out()
+    sys.modules.update(before)
 
 
 def write(folder: Path, text: str) -> Path:

@@ -22,7 +22,7 @@ def fields(path: str) -> dict[str, object]:
 
 def test_document_lists_every_route_and_method() -> None:
     routes = Api(None, ServerSettings(), Metrics()).routes()  # type: ignore[arg-type]  # nothing is asked of the models
-    served = {(route.path, method) for route in routes for method in route.methods or () if method != "HEAD"}
+    served = {(route.path.replace(":path}", "}"), method) for route in routes for method in route.methods or () if method != "HEAD"}
     served = {each for each in served if each[0] != "/ping" or each[1] == "GET"}  # any method will do there
 
     listed = {

@@ -16,6 +16,7 @@ from lmi_dist_handler.settings import ServerSettings
 
 STATS = {
     "num_running": 1, "num_waiting": 2, "num_blocks": 10, "num_free_blocks": 4, "num_prompt_tokens": 30, "num_generated_tokens": 20,
+    "num_prefix_query_tokens": 40, "num_prefix_hit_tokens": 10,
     "first_token_s": {"bounds": [0.1, 1.0], "counts": [3, 1, 1], "sum": 4.5},
 }  # fmt: skip
 BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
@@ -88,8 +89,8 @@ def test_status_tells_state_figures_and_options() -> None:
         "name": "test", "label": "test:2", "model_id": "hub/test", "health": "serving", "reason": "", "requests_in_flight": 3,
         "worker_restarts": 1, "options": [{"option": "option.model_id", "value": "hub/test", "origin": "OPTION_MODEL_ID"}],
         "figures": {
-            "running": 1, "waiting": 2, "kv_usage": 0.6, "prompt_tokens": 30, "generated_tokens": 20, "first_tokens": 5,
-            "first_token_seconds": 4.5,
+            "running": 1, "waiting": 2, "kv_usage": 0.6, "prompt_tokens": 30, "generated_tokens": 20, "looked_up_tokens": 40,
+            "reused_tokens": 10, "first_tokens": 5, "first_token_seconds": 4.5,
         },
     }  # fmt: skip
 

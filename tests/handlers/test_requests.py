@@ -138,6 +138,12 @@ def test_unknown_parameters_are_named_once(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == ["request parameter 'parameters.watermark' is unknown and ignored"]
 
 
+def test_of_many_unknown_parameters_some_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    params(**{f"made_up_{i}": 1 for i in range(1000)})
+
+    assert len(caplog.messages) == 16
+
+
 def test_list_of_inputs_is_a_request_each() -> None:
     found = parsed({"inputs": ["a", "b"], "parameters": {"max_new_tokens": 3, "seed": 5, "truncate": 4}})
 
