@@ -6,6 +6,7 @@ A request never hangs on a worker that is gone or stuck: it ends with an error w
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ Health = Literal["loading", "serving", "degraded", "restarting", "draining", "de
 FINAL_ERRORS = ("ConfigError", "CheckpointError", "MemoryPlanError")  # the model's fault: another try would say the same
 MAX_START_FAILURES = 3
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 30.0
-STABLE_S = 60.0  # a worker that lived this long starts the count of failures anew
+STABLE_S = 10.0  # a worker that was ready for this long starts the count of failures anew
 WATCH_INTERVAL_S = 2.0
 SILENT_S = 5.0  # a worker answers in milliseconds; one that takes this long is in trouble, one that takes predict_timeout is lost
 
@@ -185,12 +186,12 @@ class Host:
         failures = 0
         while True:
             self._group = group = Group(self.name, self._launch)
-            started = time.monotonic()
+            ready_at = math.inf
             try:
                 async with self._turns.turn(self, is_first=not self._was_ready) as promised_mb:
                     await self._load(group, promised_mb)
                 self._enter("ready", "")
-                self._was_ready = True
+                self._was_ready, ready_at = True, time.monotonic()
                 reason = await self._watch(group)
             except (LoadError, ConfigError) as error:
                 self._fail(error)
@@ -202,7 +203,7 @@ class Host:
                     return
             finally:
                 await group.kill()
-            failures = 1 if time.monotonic() - started > STABLE_S else failures + 1
+            failures = 1 if time.monotonic() - ready_at > STABLE_S else failures + 1
             await self._back_off(reason, failures)
 
     async def _back_off(self, reason: str, failures: int) -> None:
@@ -243,32 +244,35 @@ class Host:
     async def _watch(self, group: Group) -> str:
         """Wait until the worker is of no use any more; returns the reason. A step past its deadline is one."""
         limit_s = self._limits.step_timeout_s
-        self._failing, was_idle, num_seen = "", True, group.num_opened
+        self._failing, was_idle, num_seen, rest_s = "", True, group.num_opened, limit_s
         while not group.died.done():
-            await asyncio.wait({group.died}, timeout=min(WATCH_INTERVAL_S, limit_s / 2))
+            await asyncio.wait({group.died}, timeout=min(WATCH_INTERVAL_S, limit_s / 5, rest_s + 0.01))
             is_idle = group.num_streams == 0 and group.num_opened == num_seen
             if group.died.done() or (is_idle and was_idle):  # once more when it has become idle: how did its last steps end?
                 continue
             was_idle, num_seen = is_idle, group.num_opened
             try:
-                await self._look_at(group, limit_s)
+                rest_s = await self._look_at(group, limit_s)
             except (TimeoutError, asyncio.TimeoutError):
                 group.die(f"the worker of model {self.name} did not answer within predict_timeout={limit_s:g} s")
             except WorkerLostError as error:
                 group.die(str(error))
         return group.died.result()
 
-    async def _look_at(self, group: Group, limit_s: float) -> None:
-        """Ask for the counters: is it stuck in a step, do its steps fail? Raises TimeoutError, WorkerLostError."""
+    async def _look_at(self, group: Group, limit_s: float) -> float:
+        """Ask for the counters: is it stuck in a step, do its steps fail? Returns how long its step may still take.
+        Raises TimeoutError, WorkerLostError."""
         self._asked_at = time.monotonic()
         try:
             stats = await group.stats(limit_s)
         finally:
             self._asked_at = None
-        if stats["busy_s"] > limit_s:
+        rest_s = limit_s - float(stats["busy_s"])
+        if rest_s < 0:
             group.die(f"the worker of model {self.name} was in one step for more than predict_timeout={limit_s:g} s")
         failed = stats.get("num_failed_in_a_row", 0)
         self._failing = f"the last {failed} steps failed, and with them the requests in them" if failed else ""
+        return max(0.0, rest_s)
 
     def _fail(self, error: LmiError) -> None:
         self.failure = error
