@@ -14,16 +14,31 @@ from lmi_dist.errors import (
     LmiError,
     MemoryPlanError,
     OverloadedError,
+    RankError,
     RequestError,
     StepError,
 )
+from lmi_dist.parallel import Ranks
 from lmi_dist.request import ImagePart, Output, Request, SamplingParams, Token, TokenLogprob
 
 if TYPE_CHECKING:
     from lmi_dist.engine import Engine, EngineStats
+    from lmi_dist.follower import Follower
+    from lmi_dist.link import Link
+    from lmi_dist.local_link import FollowerLink
+    from lmi_dist.meeting import connect
     from lmi_dist.setup import Explanation, explain
 
-HEAVY = {"Engine": "engine", "EngineStats": "engine", "Explanation": "setup", "explain": "setup"}
+HEAVY = {
+    "Engine": "engine",
+    "EngineStats": "engine",
+    "Explanation": "setup",
+    "Follower": "follower",
+    "FollowerLink": "local_link",
+    "Link": "link",
+    "connect": "meeting",
+    "explain": "setup",
+}
 
 __all__ = [
     "BLOCK_SIZE",
@@ -33,18 +48,24 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Explanation",
+    "Follower",
+    "FollowerLink",
     "ImagePart",
     "KernelError",
+    "Link",
     "LmiError",
     "MemoryPlanError",
     "Output",
     "OverloadedError",
+    "RankError",
+    "Ranks",
     "Request",
     "RequestError",
     "SamplingParams",
     "StepError",
     "Token",
     "TokenLogprob",
+    "connect",
     "explain",
 ]
 

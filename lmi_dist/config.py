@@ -32,10 +32,10 @@ class EngineConfig(BaseModel):
     trust_remote_code: bool = Field(default=False, description="run Python code that lies in the checkpoint")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(default="auto", description="of weights, activations and cache")
     quantize: str | None = Field(default=None, description="weight format, if the checkpoint does not say it")
-    tensor_parallel_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the model")
+    tensor_parallel_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the model, one process each")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
     kernels: Literal["auto", "cpu", "torch"] = Field(default="auto", description="which column of operations is used")
-    cpu_threads: int | None = Field(default=None, ge=1, le=256, description="threads of the CPU kernels; unset: all CPUs")
+    cpu_threads: int | None = Field(default=None, ge=1, le=256, description="threads of the CPU kernels a rank; unset: all CPUs")
     max_model_len: int | None = Field(default=None, ge=1, description="prompt and answer together, in tokens")
     max_batch_size: int = Field(default=256, ge=1, le=65536, description="sequences that run at the same time")
     max_prefill_tokens: int = Field(default=4096, ge=1, description="prompt tokens in one step")
@@ -44,7 +44,7 @@ class EngineConfig(BaseModel):
     )
     enable_chunked_prefill: bool = Field(default=True, description="cut long prompts over several steps")
     enable_prefix_caching: bool = Field(default=True, description="reuse blocks of prompts that begin alike")
-    kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="size of the KV pool; unset: computed")
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="size of the KV pool on each rank; unset: computed")
     reserved_memory_mb: int = Field(default=0, ge=0, description="MiB of memory to leave to other programs")
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0, description="share of a GPU's memory to use")
     max_logprobs: int = Field(default=20, ge=0, le=1000, description="alternatives a token that a request may ask for")
@@ -61,8 +61,6 @@ class EngineConfig(BaseModel):
     def _built(self) -> "EngineConfig":
         if self.quantize is not None:
             raise ValueError(f"quantize={self.quantize} is known but not built yet; leave it out and give an unquantized model")
-        if self.tensor_parallel_degree > 1:
-            raise ValueError(f"tensor_parallel_degree={self.tensor_parallel_degree} is known but not built yet; use 1")
         if self.device == "cuda":
             raise ValueError("device=cuda is known but not built yet; use cpu or auto")
         return self

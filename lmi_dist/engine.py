@@ -15,6 +15,9 @@ from lmi_dist.admission import Admission
 from lmi_dist.answers import Candidate, Job
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import OverloadedError, RequestError, StepError
+from lmi_dist.link import Link
+from lmi_dist.meeting import connect
+from lmi_dist.parallel import Ranks
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.request import FinishReason, Output, Request
 from lmi_dist.runner import Runner
@@ -46,16 +49,30 @@ class EngineStats:
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
-    lazy_bytes: int  # of the KV pool and working memory: the system hands them out as they are used
+    lazy_bytes: int  # of the KV pool and working memory, on all ranks: the system hands them out as they are used
 
 
 class Engine:
     """Answers many requests at once. `add` them, then `step` while `has_work`; each step's outputs say what is new.
 
-    Raises on construction what `explain` raises, and CheckpointError if tokenizer or weights cannot be read.
+    Where ranks share the model this is rank 0; `link` leads to the others, which have a Follower each. Raises on construction what
+    `explain` raises, CheckpointError if tokenizer or weights cannot be read, and what a Follower raises.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, link: Link | None = None) -> None:
+        self._link = link or connect(config.tensor_parallel_degree, Ranks())
+        with self._link.together():
+            self._load(config)
+        self._sampler = Sampler()
+        self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
+        self._jobs: dict[str, Job] = {}
+        self._candidates: dict[int, Candidate] = {}  # by sequence
+        self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_failed_steps = self._num_failed_in_a_row = self._num_aborted = self._num_begun = 0
+        self._step_seconds = self._waiting_seconds = 0.0
+
+    def _load(self, config: EngineConfig) -> None:
+        """Everything that may fail."""
         setup = explain(config)
         for line in setup.lines:
             logger.info("%s", line)
@@ -66,14 +83,8 @@ class Engine:
         self._admission = Admission(self.config, self.model, self.max_model_len, self._text)
         eos = self.tokenizer.eos_token_id
         self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
-        self._runner = Runner(self.config, self.model, self.memory)
-        self._sampler = Sampler()
-        self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
-        self._jobs: dict[str, Job] = {}
-        self._candidates: dict[int, Candidate] = {}  # by sequence
-        self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = 0
-        self._num_failed_steps = self._num_failed_in_a_row = self._num_aborted = self._num_begun = 0
-        self._step_seconds = self._waiting_seconds = 0.0
+        self._link.share_setup({"config": self.config.model_dump(mode="json"), "available_bytes": setup.available_bytes})
+        self._runner = Runner(self.config, self.model, self.memory, self._link)
 
     # ---- the four verbs ----
 
@@ -103,6 +114,7 @@ class Engine:
         self._note_begun(plan, started)
         outputs: list[Output] = []
         try:
+            self._link.publish(plan)
             logits = self._runner.forward(plan)
             outputs += self._end_broken(plan, logits)
             choices = self._choose(plan, logits)
@@ -153,12 +165,13 @@ class Engine:
             num_preemptions=scheduler.preemptions,
             num_prefix_query_tokens=scheduler.prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            lazy_bytes=self.memory.pool_bytes + self.memory.working_bytes,
+            lazy_bytes=(self.memory.pool_bytes + self.memory.working_bytes) * self._link.ranks.size,
         )
 
     def close(self) -> None:
-        """Drop all requests, the weights and the KV pool. Nothing may be called after it."""
+        """Drop all requests, the weights and the KV pool, and let the followers end. Nothing may be called after it."""
         self.reset()
+        self._link.close()
         del self._runner
 
     # ---- their parts ----

@@ -42,5 +42,9 @@ class StepError(LmiError):
     """A forward failed; the requests of that step end with this, the engine goes on."""
 
 
+class RankError(LmiError):
+    """Another rank of the model has ended, or could not go on with the step."""
+
+
 class KernelError(LmiError):
     """A kernel refused its arguments or failed: a promise of ours was broken."""

@@ -13,6 +13,7 @@ import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from lmi_dist.errors import MemoryPlanError
+from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
 
@@ -95,12 +96,13 @@ def plan_memory(
     *,
     cpu_flags: frozenset[str] | None = None,
 ) -> MemoryPlan:
-    """Divide `available_bytes`, less reserved_memory_mb, among weights, KV pool and working memory. An unset pool is the smaller of
-    a quarter of the memory and what max_batch_size sequences of max_model_len tokens need, but room for one such sequence at least.
-    Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than the model can do."""
+    """Divide this rank's part of `available_bytes`, less reserved_memory_mb, among weights, KV pool and working memory. An unset
+    pool is the smaller of a quarter of it and what max_batch_size sequences of max_model_len tokens need, but room for one such
+    sequence at least. Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than the model can do or
+    the ranks cannot share its heads."""
     dtype = resolve_dtype(config.dtype, model.dtype, read_cpu_flags() if cpu_flags is None else cpu_flags)
     length = model.model_len(config.max_model_len)
-    available_bytes = max(0, available_bytes - (config.reserved_memory_mb << 20))
+    available_bytes = max(0, available_bytes - (config.reserved_memory_mb << 20)) // config.tensor_parallel_degree
     demand = _Demand(config, model, checkpoint, dtype, length, available_bytes)
     plan = MemoryPlan(
         dtype=dtype,
@@ -124,20 +126,33 @@ class _Demand:
     ) -> None:
         self.config, self.model, self.dtype, self.length, self.available_bytes = config, model, dtype, length, available_bytes
         self.item_bytes = TORCH_DTYPES[dtype].itemsize
-        self.weights_bytes = self.item_bytes * _num_weights(model, checkpoint)
+        self.num_ranks = config.tensor_parallel_degree
+        self.heads = Heads.share(Ranks(0, self.num_ranks), model.num_heads, model.num_kv_heads, model.head_dim)
+        self.weights_bytes = self.item_bytes * self._num_weights(checkpoint)
         self.working_bytes = self._working_bytes()
-        self.block_bytes = 2 * model.num_layers * model.num_kv_heads * BLOCK_SIZE * model.head_dim * self.item_bytes
+        self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.item_bytes
         self.blocks_of_one = -(-length // BLOCK_SIZE)
         self.num_blocks = self._num_blocks()
+
+    def _num_weights(self, checkpoint: Checkpoint) -> int:
+        """Elements of this rank's weights: its share of the matrices, all of the rest. A tied embedding counts twice, since the
+        head holds a packed copy of it; key heads that several ranks hold count on each."""
+        model, num_ranks = self.model, self.num_ranks
+        tied = model.vocab_size * model.hidden_size if model.tied_embeddings else 0
+        matrices = tied + sum(info.num_elements for info in checkpoint.tensors.values() if len(info.shape) > 1)
+        rest = sum(info.num_elements for info in checkpoint.tensors.values() if len(info.shape) <= 1)
+        num_repeated = len(self.heads.key) * num_ranks - model.num_kv_heads
+        repeated = 2 * model.num_layers * num_repeated * model.head_dim * model.hidden_size
+        return -(-(matrices + repeated) // num_ranks) + rest
 
     def _working_bytes(self) -> int:
         """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch and of prompts."""
         model = self.model
         feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
         feed_forward *= model.keys.integer("num_experts_per_tok", default=1)
-        heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        heads = 2 * (len(self.heads.query) + len(self.heads.key)) * model.head_dim
         tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
-        per_token = (4 * model.hidden_size + heads + feed_forward) * self.item_bytes
+        per_token = (4 * model.hidden_size + heads + feed_forward // self.num_ranks) * self.item_bytes
         rows = self.config.max_batch_size + min(MAX_PROMPT_ROWS, tokens)
         return tokens * per_token + rows * model.vocab_size * 4
 
@@ -155,10 +170,12 @@ class _Demand:
         rest = self.available_bytes - self.weights_bytes - self.working_bytes - pool
         model, reserved = self.model, self.config.reserved_memory_mb
         return (
-            f"available memory {_gb(self.available_bytes)}" + (f" beside {reserved} MiB reserved" if reserved else ""),
+            f"available memory {_gb(self.available_bytes)}"
+            + (" a rank" if self.num_ranks > 1 else "")
+            + (f" beside {reserved} MiB reserved" if reserved else ""),
             f"weights {_gb(self.weights_bytes)} in {self.dtype}",
             f"working memory {_gb(self.working_bytes)} for {self.config.max_prefill_tokens} prompt tokens a step",
-            f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {model.num_kv_heads} heads x {BLOCK_SIZE} tokens"
+            f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {len(self.heads.key)} heads x {BLOCK_SIZE} tokens"
             f" x {model.head_dim} x {self.item_bytes} bytes",
             f"KV pool {_gb(pool)} = {self.num_blocks} blocks = {self.num_blocks * BLOCK_SIZE} tokens"
             f" = {self.num_blocks // self.blocks_of_one} sequences of max_model_len={self.length}",
@@ -178,12 +195,6 @@ class _Demand:
                 f"the model does not fit the memory; lower max_model_len, kv_cache_memory_bytes or max_prefill_tokens, "
                 f"set dtype=bf16 or take a machine with more memory ({told})"
             )
-
-
-def _num_weights(model: ModelConfig, checkpoint: Checkpoint) -> int:
-    """Elements of all weights; a tied embedding counts twice, since the head holds a packed copy of it."""
-    tied = model.vocab_size * model.hidden_size if model.tied_embeddings else 0
-    return tied + sum(info.num_elements for info in checkpoint.tensors.values())
 
 
 def _gb(num_bytes: int) -> str:

@@ -1,6 +1,9 @@
 """The Plan: what rank 0 decided for one step, in plain ints, for every rank to execute. Knows no torch and no text."""
 
-from dataclasses import dataclass
+import marshal
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 MAX_PROMPT_ROWS = 256  # prompt tokens of a step whose logits are wanted: a row has the size of the vocabulary
 
@@ -58,3 +61,24 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         return not (self.decodes or self.chunks or self.encodes)
+
+    def to_bytes(self) -> bytes:
+        """For `of_bytes` of another rank: ints, bytes and tuples as marshal writes them, the quickest way there is."""
+        parts = (list(map(_CHUNK, self.decodes)), list(map(_CHUNK, self.chunks)), list(map(_ENCODE, self.encodes)))
+        return marshal.dumps((self.step, *parts), MARSHAL_VERSION)
+
+    @classmethod
+    def of_bytes(cls, data: Any) -> "Plan":
+        """What `to_bytes` wrote. Only for bytes of our own rank 0: marshal trusts what it reads."""
+        step, decodes, chunks, encodes = marshal.loads(data)
+        return cls(
+            step,
+            tuple([Chunk(*values) for values in decodes]),
+            tuple([Chunk(*values) for values in chunks]),
+            tuple([Encode(*values) for values in encodes]),
+        )
+
+
+MARSHAL_VERSION = 2  # the last that writes values without looking for those it has written before
+_CHUNK = attrgetter(*[field.name for field in fields(Chunk)])
+_ENCODE = attrgetter(*[field.name for field in fields(Encode)])

@@ -12,7 +12,7 @@ from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.link import Link
 from lmi_dist.models import Model, model_class
-from lmi_dist.parallel import Heads
+from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import Plan
 from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
 
@@ -25,7 +25,8 @@ class Runner:
     def __init__(self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, link: Link | None = None) -> None:
         """Load the weights. Raises CheckpointError before the first byte is read if the files are not what `model` promises,
         ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
-        link = link or Link()
+        self._link = link = link or Link()
+        take_cpus(link.ranks)
         _share_cpus(ops.select(config.kernels, config.cpu_threads), config.cpu_threads)
         checkpoint = Checkpoint(model.folder)
         kind = quant.format_of(model, config.quantize)
@@ -38,8 +39,13 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor:
-        """fp32 logits [R,V]: of each of plan.rows in order the last `num_outputs` tokens. Keys and values go to the cache."""
-        return self.model(build(plan, self.cache))
+        """fp32 logits [R,V] on rank 0: of each of plan.rows in order the last `num_outputs` tokens. Keys and values go to the
+        cache. If it fails, it fails on all ranks, on the others with RankError."""
+        try:
+            return self.model(build(plan, self.cache))
+        except Exception as error:
+            self._link.drop(error)
+            raise
 
     def cache_regime(self, prompt_length: int) -> str:
         """To be mixed into a sequence's salt for the prefix cache: keys are alike only within one regime."""
@@ -54,6 +60,16 @@ def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, link: 
     seconds = time.monotonic() - started
     logger.info("%s: %.2f GB in %.1f s as %s", model.architecture, checkpoint.size_bytes / 1e9, seconds, memory.dtype)
     return built
+
+
+def take_cpus(ranks: Ranks) -> None:
+    """Keep this thread, and those that it starts, to this rank's share of the CPUs: two ranks that wait for each other on one CPU
+    would be half as fast. All ranks are taken to be allowed the same CPUs, as mpirun does with --bind-to none."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if 1 < ranks.size <= len(cpus):
+        os.sched_setaffinity(0, cpus[ranks.slice(len(cpus), "CPUs")])
+    elif ranks.size > 1:
+        os.sched_setaffinity(0, {cpus[ranks.rank % len(cpus)]})
 
 
 def _share_cpus(column: str, num_threads: int | None) -> None:

@@ -12,6 +12,7 @@ from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.errors import CheckpointError
 from lmi_dist.kv_cache import MemoryPlan, available_memory, plan_memory
 from lmi_dist.models import read_config
+from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.weights import Checkpoint, fetch
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Explanation:
     model: ModelConfig
     memory: MemoryPlan
     kernels: str
+    available_bytes: int  # that the plan was made from, on the whole machine
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -37,9 +39,18 @@ class Explanation:
             f"model {model.architecture} in {model.folder}: {model.num_layers} layers, hidden {model.hidden_size}, "
             f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key heads, vocabulary {model.vocab_size}, "
             f"{model.max_position} positions, checkpoint in {model.dtype}",
+            *self._ranks,
             *self.memory.arithmetic,
             f"kernels {self.kernels}",
         )
+
+    @property
+    def _ranks(self) -> tuple[str, ...]:
+        degree, model = self.config.tensor_parallel_degree, self.model
+        if degree == 1:
+            return ()
+        heads = Heads.share(Ranks(0, degree), model.num_heads, model.num_kv_heads, model.head_dim)
+        return (f"{degree} ranks, each with {len(heads.query)} heads, {len(heads.key)} key heads, and what follows",)
 
 
 def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Explanation:
@@ -47,9 +58,10 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Expl
     the headers of the weights, loads none. Raises ConfigError, CheckpointError or MemoryPlanError, as the engine would."""
     folder = fetch(config.model, config.revision)
     model = read_config(folder)
-    threads = config.cpu_threads or usable_cpus()
+    threads = config.cpu_threads or max(1, usable_cpus() // config.tensor_parallel_degree)
     kernels = ops.select(config.kernels, threads)
-    memory = plan_memory(config, model, Checkpoint(folder), available_memory() if available_bytes is None else available_bytes)
+    available_bytes = available_memory() if available_bytes is None else available_bytes
+    memory = plan_memory(config, model, Checkpoint(folder), available_bytes)
     choices = {
         "dtype": memory.dtype,
         "device": "cpu",
@@ -59,7 +71,8 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Expl
         "prefill_chunk_tokens": config.prefill_chunk_tokens or CPU_PREFILL_CHUNK_TOKENS,
         "kv_cache_memory_bytes": memory.num_blocks * memory.block_bytes,
     }
-    return Explanation(config=config.model_copy(update=choices), model=model, memory=memory, kernels=kernels)
+    chosen = config.model_copy(update=choices)
+    return Explanation(config=chosen, model=model, memory=memory, kernels=kernels, available_bytes=available_bytes)
 
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBase":

@@ -22,6 +22,8 @@ ENGINE_LEVELS = (
     ("errors",),
     ("config", "request", "plan", "ops", "parallel", "fetch"),
     ("link",),
+    ("local_link",),
+    ("meeting",),
     ("blocks", "weights"),
     ("kv_cache",),
     ("batch",),
@@ -29,7 +31,7 @@ ENGINE_LEVELS = (
     ("layers",),
     ("models",),
     ("admission", "answers", "runner", "setup"),
-    ("engine",),
+    ("engine", "follower"),
     ("__init__",),
 )
 HANDLER_LEVELS = (

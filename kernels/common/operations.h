@@ -6,7 +6,8 @@
 
 #define LMI_OPERATIONS(DO)                                                                                              \
   DO(rms_norm) DO(layer_norm) DO(rotary) DO(attention) DO(linear_pack) DO(linear) DO(grouped_linear) DO(lora)           \
-  DO(activation) DO(embedding) DO(moe_route) DO(moe_gather) DO(moe_combine) DO(penalize) DO(sample) DO(logprobs)
+  DO(activation) DO(embedding) DO(moe_route) DO(moe_gather) DO(moe_combine) DO(penalize) DO(sample) DO(logprobs)         \
+  DO(all_reduce) DO(gather)
 
 namespace lmi {
 

@@ -2,6 +2,8 @@
  * microseconds apart) and then sleeps on a condition variable, so that an idle server costs nothing. */
 #include "common/threads.h"
 
+#include "common/relax.h"
+
 #include <pthread.h>
 
 #include <algorithm>
@@ -15,14 +17,6 @@ namespace lmi {
 namespace {
 
 constexpr int kSpins = 2000; /* 20 to 60 us */
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 template <class Condition>
 bool spin_until(Condition holds) {

@@ -11,6 +11,7 @@
 #endif
 
 #include "common/check.h"
+#include "common/link.h"
 #include "common/operations.h"
 #include "common/threads.h"
 #include "cpu/linear_layout.h"
@@ -141,6 +142,14 @@ lmi_status lmi_set_level(const char *level) {
 int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype, int32_t format, int64_t group,
                                 int32_t gated) {
   return lmi::packed_bytes({out_features, in_features, group, dtype, format, gated});
+}
+
+int64_t lmi_link_bytes(int32_t size) { return lmi::Link::bytes(size); }
+
+int64_t lmi_link_begin(const lmi_link *link, int64_t turn) { return lmi::Link(*link).begin(turn); }
+
+lmi_status lmi_link_drop(const lmi_link *link, const char *reason) {
+  return guard("link_drop", [&] { lmi::Link(*link).drop(reason); });
 }
 
 #define LMI_EXPORT(name)                                                              \

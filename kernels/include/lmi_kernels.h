@@ -23,7 +23,7 @@ extern "C" {
 #define LMI_API __attribute__((visibility("default")))
 #define LMI_ABI_VERSION 1
 
-enum lmi_status_code { LMI_OK = 0, LMI_BAD_ARGUMENT = 1, LMI_UNSUPPORTED = 2, LMI_DEVICE_ERROR = 3 };
+enum lmi_status_code { LMI_OK = 0, LMI_BAD_ARGUMENT = 1, LMI_UNSUPPORTED = 2, LMI_DEVICE_ERROR = 3, LMI_RANK_ERROR = 4 };
 enum lmi_dtype { LMI_F32 = 0, LMI_BF16 = 1, LMI_F16 = 2, LMI_I32 = 3, LMI_I64 = 4, LMI_U8 = 5, LMI_U64 = 6 };
 enum lmi_activation_kind { LMI_IDENTITY = 0, LMI_SILU = 1, LMI_GELU = 2, LMI_GELU_TANH = 3, LMI_RELU = 4, LMI_QUICK_GELU = 5 };
 enum lmi_weight_format { LMI_DENSE = 0, LMI_INT8 = 1, LMI_INT4 = 2 };
@@ -229,6 +229,38 @@ typedef struct {
   lmi_tensor logits, ids, values, ranks, top_values, top_ids;
 } lmi_logprobs_args;
 LMI_API lmi_status lmi_logprobs(const lmi_logprobs_args *args, lmi_stream stream);
+
+/* ---- between the ranks of one machine ---- */
+
+/* One rank's view of a segment of shared memory, lmi_link_bytes(size) long, that all ranks have mapped; zeros at first. Rank r holds the
+ * write lock (fcntl) of byte r of the segment's file fd while it lives. Who waits looks `spins` times and then sleeps; nobody waits
+ * for a rank that has ended or has dropped the step, but gets LMI_RANK_ERROR. */
+typedef struct {
+  void *memory;
+  int32_t rank, size, fd, spins;
+} lmi_link;
+
+LMI_API int64_t lmi_link_bytes(int32_t size);
+/* Begins a step, in which all ranks make the same calls: rank 0 first, with turn 0; the others pass what rank 0 has got. */
+LMI_API int64_t lmi_link_begin(const lmi_link *link, int64_t turn);
+/* This rank will not go on with its step; the others' calls fail with the reason, until they begin the next. */
+LMI_API lmi_status lmi_link_drop(const lmi_link *link, const char *reason);
+
+/* x := sum over all ranks of their x, in place, added in rank order in float and rounded once: equal bits on every rank. The shape is
+ * the same on all of them. x: any shape without gaps, on a CPU. */
+typedef struct {
+  lmi_link link;
+  lmi_tensor x;
+} lmi_all_reduce_args;
+LMI_API lmi_status lmi_all_reduce(const lmi_all_reduce_args *args, lmi_stream stream);
+
+/* out[:, starts[r] .. starts[r+1]-1] := x of rank r.    x: F32 [R, columns of this rank], without gaps; starts: I32 [size+1], the same on all
+ * ranks; out: F32 [R,V] on rank 0, absent on the others, which return when rank 0 has all. */
+typedef struct {
+  lmi_link link;
+  lmi_tensor out, x, starts;
+} lmi_gather_args;
+LMI_API lmi_status lmi_gather(const lmi_gather_args *args, lmi_stream stream);
 
 #ifdef __cplusplus
 }

@@ -46,14 +46,15 @@ class Head:
     """Logits of the wanted rows only, in fp32: the sampler compares them, and bf16 would make ties. Each rank works out its part
     of the vocabulary, rank 0 gets all."""
 
-    def __init__(self, linear: Linear, link: Link) -> None:
-        self.linear, self.link = linear, link
+    def __init__(self, linear: Linear, vocab_size: int, link: Link) -> None:
+        self.linear, self.vocab_size, self.link = linear, vocab_size, link
 
     @classmethod
     def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int, *, bias: bool = False) -> "Head":
         """`prefix` is the embedding's where the two are tied: the head then packs a copy of its own."""
-        return cls(Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size], bias=bias), weights.link)
+        linear = Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size], bias=bias)
+        return cls(linear, vocab_size, weights.link)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [R,E]; gives fp32 [R,V] on rank 0, on the others their part of it."""
-        return self.link.gather(self.linear(x, batch, out_dtype=torch.float32))
+        return self.link.gather(self.linear(x, batch, out_dtype=torch.float32), self.vocab_size)

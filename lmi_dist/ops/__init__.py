@@ -11,12 +11,14 @@ from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
 from lmi_dist.ops.rotary import rotary
 from lmi_dist.ops.sampling import logprobs, penalize, sample
+from lmi_dist.ops.segment import Segment
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
     "PackedWeight",
     "Routing",
+    "Segment",
     "activation",
     "attention",
     "describe",

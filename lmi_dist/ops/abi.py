@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lmi_dist.errors import KernelError
+from lmi_dist.errors import KernelError, RankError
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
           torch.uint8: "U8", torch.uint64: "U64"}  # fmt: skip
@@ -147,9 +147,10 @@ class Library:
         self.check(operation.function(args, None))
 
     def check(self, status: int) -> None:
-        """Raises KernelError unless status is LMI_OK."""
+        """Raises KernelError unless status is LMI_OK; RankError where another rank is the cause."""
         if status:
-            raise KernelError(self.function("error_message")().decode())
+            kind = RankError if status == self.constant("RANK_ERROR") else KernelError
+            raise kind(self.function("error_message")().decode())
 
     def constant(self, name: str) -> int:
         """An enumerator of the header, without the prefix LMI_."""

@@ -60,6 +60,14 @@ def library() -> Library | None:
     return (_chosen or chosen()).library
 
 
+def cpu_library() -> Library:
+    """The CPU library, whichever column runs the operations. Raises KernelError if it is not built."""
+    path = find_library(list(lmi_dist.ops.__path__))
+    if path is None:
+        raise KernelError("liblmi_cpu.so is not built, and without it ranks cannot share a model; install the package")
+    return _libraries.get(path) or _libraries.setdefault(path, Library(path))
+
+
 @contextmanager
 def using(
     column: str, num_threads: int | None = None, *, path: Path | None = None, level: str = "best"

@@ -1,0 +1,33 @@
+"""The engine's other ranks: each holds its part of the model and runs every plan that rank 0 publishes. Decides nothing."""
+
+import logging
+
+from lmi_dist.config import EngineConfig
+from lmi_dist.local_link import FollowerLink
+from lmi_dist.runner import Runner
+from lmi_dist.setup import explain
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """One rank above 0. It loads what rank 0's engine tells it to, with that engine's choices, so that the two agree.
+
+    Raises on construction what made its own loading fail, or rank 0's.
+    """
+
+    def __init__(self, link: FollowerLink) -> None:
+        self._link = link
+        with link.together():
+            setup = link.await_setup()
+            told = explain(EngineConfig.of(setup["config"]), available_bytes=setup["available_bytes"])
+            self._runner = Runner(told.config, told.model, told.memory, link)
+
+    def run(self) -> None:
+        """Follow until rank 0 closes its engine. A step that fails here fails on rank 0 too, and the next one comes.
+        Raises RankError when rank 0 has ended without a word."""
+        while (plan := self._link.next_plan()) is not None:
+            try:
+                self._runner.forward(plan)
+            except Exception as error:  # the other ranks know: forward has dropped the step
+                logger.error("step %d failed on rank %d", plan.step, self._link.ranks.rank, exc_info=error)
