@@ -365,8 +365,9 @@ def test_gpus_that_the_driver_lists_are_counted(tmp_path: Path, monkeypatch: pyt
 
 
 def test_max_means_all_visible_gpus() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_degree=2 is known but not built yet"):
-        with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", CUDA_VISIBLE_DEVICES="0,1")
+    model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", CUDA_VISIBLE_DEVICES="0,1")
+
+    assert model.engine_config().tensor_parallel_degree == 2
 
 
 def test_max_on_the_cpu_is_one() -> None:
