@@ -27,7 +27,7 @@ class GemmaForCausalLM(LlamaForCausalLM):
     @staticmethod
     def embedding_scale(config: ModelConfig, weights: Weights) -> float:
         """sqrt(E), rounded to the model's dtype as in training."""
-        return float(torch.tensor(config.hidden_size**0.5, dtype=weights.dtype))
+        return float(torch.tensor(config.hidden_size**0.5, dtype=weights.dtype, device="cpu"))
 
 
 class Gemma2Layer(Layer):

@@ -49,7 +49,7 @@ class Layer:
 class GPT2LMHeadModel(Decoder):
     """Token ids to logits."""
 
-    ignored: tuple[str, ...] = (r"attn\.bias", r"attn\.masked_bias")  # older checkpoints hold the causal mask
+    ignored: tuple[str, ...] = (r"\.attn\.bias", r"\.attn\.masked_bias")  # older checkpoints hold the causal mask
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         self.load_ends(config, weights, "transformer.wte", "lm_head")

@@ -51,7 +51,7 @@ class Layer:
 class GPTNeoXForCausalLM(Decoder):
     """Token ids to logits."""
 
-    ignored = (r"attention\.bias", r"attention\.masked_bias", r"rotary_emb\.inv_freq")  # older checkpoints: masks, frequencies
+    ignored = (r"\.attention\.bias", r"\.attention\.masked_bias", r"rotary_emb\.inv_freq")  # older checkpoints: masks, frequencies
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         self.rotary = rotary(config.rope, config.head_dim, max_model_len)

@@ -47,7 +47,7 @@ class Layer:
 class GPTJForCausalLM(Decoder):
     """Token ids to logits."""
 
-    ignored = (r"attn\.bias", r"attn\.masked_bias")  # older checkpoints hold the causal mask
+    ignored = (r"\.attn\.bias", r"\.attn\.masked_bias")  # older checkpoints hold the causal mask
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         self.rotary = rotary(config.rope, config.head_dim, max_model_len)
