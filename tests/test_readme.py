@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import tiny_models
 from lmi_dist_handler import cli, load_models, properties
+from lmi_dist_handler.openapi import LMI_ONLY
 from lmi_dist_handler.options import OPTIONS
+from lmi_dist_handler.sampling import LMI
 from running_server import Server
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +188,10 @@ def test_program_prints_an_answer(text: str, models: Path, server: Server, capsy
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
     assert capsys.readouterr().out
+
+
+def test_every_parameter_is_told() -> None:
+    assert [name for name in {**LMI, **LMI_ONLY} if f"`{name}`" not in README] == []
 
 
 def test_options_have_their_defaults_and_meanings() -> None:

@@ -32,6 +32,7 @@ NUM_REQUESTS, NUM_WARM, NUM_AT_ONCE = int(10_000 * SCALE), int(2_000 * SCALE), m
 FUZZ_S = 600 * SCALE
 CONCURRENCY = 32
 MEGA = 1 << 20
+MOST_GROWTH = 16_000_000  # bytes of resident memory, host and worker
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 LONG_CALM = {"deadline": None, "database": None, "max_examples": 100, "suppress_health_check": list(HealthCheck)}
@@ -65,7 +66,7 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_is_kept(request: pytest.FixtureRequest, tell: Callable[[str], None]) -> Iterator[None]:
     """After each test on the server: no request, no block, no descriptor more than before."""
     if "server" not in request.fixturenames:
         yield
@@ -74,8 +75,10 @@ def nothing_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     before = num_files(server)
     yield
     until(lambda: server.metric("lmi_requests_in_flight") == server.metric("lmi_sequences_running") == 0, 60)
-    assert server.metric("lmi_kv_blocks_used") == 0
     until(lambda: num_files(server) <= before, 90)
+    free, all_blocks = server.metric("lmi_kv_blocks_free"), server.metric("lmi_kv_blocks{")
+    tell(f"afterwards: {free:g} of {all_blocks:g} blocks free, {num_files(server)} descriptors, {before} before\n")
+    assert free == all_blocks
 
 
 def processes(server: Server) -> list[psutil.Process]:
@@ -194,9 +197,9 @@ def test_mixed_requests_leave_nothing(server: Server, tell: Callable[[str], None
     run(server, work, CONCURRENCY)
 
     (warm, warm_files), (end, end_files) = marks
-    tell(f"{time.monotonic() - started:.0f} s; resident {warm / MEGA:.1f} MiB after {NUM_WARM}, {end / MEGA:.1f} MiB at the end")
+    tell(f"in {time.monotonic() - started:.0f} s; resident {warm / MEGA:.1f} MiB after {NUM_WARM}, {end / MEGA:.1f} MiB at the end")
     tell(f"descriptors {warm_files} and {end_files}")
-    assert end - warm <= 16_000_000
+    assert end - warm <= MOST_GROWTH
     assert end_files <= warm_files + CONCURRENCY  # connections that are kept open; when they are closed, `nothing_is_kept` counts
 
 
@@ -260,11 +263,33 @@ KINDS = (
 )
 
 
-def until_time_is_up(share: float, work: Callable[[], None]) -> None:
-    """Repeat a round of examples, each of them new."""
-    end = time.monotonic() + FUZZ_S * share
-    while time.monotonic() < end:
-        work()
+class Fuzzing:
+    """A share of the ten minutes, and what came of it."""
+
+    def __init__(self, share: float, server: Server | None = None) -> None:
+        self.codes: dict[int, int] = {}
+        self._server = server
+        self._took_s = FUZZ_S * share
+        self._resident: list[int] = []
+
+    def count(self, code: int) -> None:
+        self.codes[code] = self.codes.get(code, 0) + 1
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Repeat a round of examples, each of them new. What has grown since a quarter of the time is a leak."""
+        for end in (time.monotonic() + self._took_s / 4, time.monotonic() + self._took_s):
+            while time.monotonic() < end:
+                work()
+            if self._server:
+                self._resident.append(resident_bytes(self._server))
+        if self._server:
+            assert self._resident[1] - self._resident[0] <= MOST_GROWTH, self
+
+    def __str__(self) -> str:
+        num_5xx = sum(count for code, count in self.codes.items() if code >= 500)
+        told = f"{self._took_s / 60:.1f} min, {sum(self.codes.values())} requests, {num_5xx} with 5xx"
+        grown = "".join(f", {what} {size / MEGA:.1f} MiB" for what, size in zip(("resident", "then"), self._resident, strict=False))
+        return f"{told}{grown}; by status {dict(sorted(self.codes.items()))}"
 
 
 def bounded(body: bytes) -> bytes:
@@ -273,7 +298,7 @@ def bounded(body: bytes) -> bytes:
 
 
 def test_fuzzed_bodies_get_no_500(server: Server, tell: Callable[[str], None]) -> None:
-    counts: dict[int, int] = {}
+    fuzzing = Fuzzing(0.4, server)
 
     with httpx.Client(base_url=server.url, timeout=60) as client:
 
@@ -281,12 +306,12 @@ def test_fuzzed_bodies_get_no_500(server: Server, tell: Callable[[str], None]) -
         @given(path=st.sampled_from(PATHS), body=BODIES, kind=st.sampled_from(KINDS))
         def post(path: str, body: bytes, kind: str) -> None:
             answer = client.post(path, content=bounded(body), headers={"content-type": kind})
-            counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
+            fuzzing.count(answer.status_code)
             assert answer.status_code < 500, (path, body, answer.text)
 
-        until_time_is_up(0.4, post)
+        fuzzing.run(post)
 
-    tell(f"fuzzed bodies: {dict(sorted(counts.items()))}")
+    tell(f"fuzzed bodies: {fuzzing}")
 
 
 def test_published_schema_holds(server: Server, tell: Callable[[str], None]) -> None:
@@ -295,14 +320,14 @@ def test_published_schema_holds(server: Server, tell: Callable[[str], None]) -> 
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     checks = schemathesis.checks.CHECKS.get_by_names(CHECKS)
     operations = [found.ok() for found in schema.get_all_operations()]
-    counts: dict[str, int] = {}
+    fuzzing, labels = Fuzzing(0.4, server), set()
 
     def fuzz(operation: Any) -> None:
         @settings(**{**LONG_CALM, "max_examples": 10})
         @given(case=operation.as_strategy())
         def call(case: Any) -> None:
-            case.call_and_validate(checks=checks, timeout=60)
-            counts[operation.label] = counts.get(operation.label, 0) + 1
+            fuzzing.count(case.call_and_validate(checks=checks, timeout=60).status_code)
+            labels.add(operation.label)
 
         call()
 
@@ -310,10 +335,10 @@ def test_published_schema_holds(server: Server, tell: Callable[[str], None]) -> 
         for operation in operations:
             fuzz(operation)
 
-    until_time_is_up(0.4, rounds)
+    fuzzing.run(rounds)
 
-    tell(f"schemathesis: {sum(counts.values())} calls of {len(counts)} operations")
-    assert len(counts) == len(operations)
+    tell(f"schemathesis, {len(labels)} operations: {fuzzing}")
+    assert len(labels) == len(operations)
 
 
 LINES = st.one_of(
@@ -339,6 +364,7 @@ def test_fuzzed_properties_give_settings_or_a_sentence(tmp_path: Path, tell: Cal
         except ConfigError:
             counts["refused"] += 1
 
-    until_time_is_up(0.2, load)
+    fuzzing = Fuzzing(0.2)
+    fuzzing.run(load)
 
-    tell(f"fuzzed serving.properties: {counts}")
+    tell(f"fuzzed serving.properties: {FUZZ_S * 0.2 / 60:.1f} min, {counts}")

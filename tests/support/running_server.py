@@ -51,7 +51,7 @@ class Server:
         until(lambda: self.ping().status_code == 200, 60)
 
     def post(self, path: str, **request: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", timeout=30, **request)
+        return httpx.post(f"{self.url}{path}", timeout=90, **request)  # loading a model takes long on a busy machine
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
