@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmi_dist import Output, StepError, Token, TokenLogprob
+from lmi_dist import LmiError, Output, StepError, Token, TokenLogprob
 from lmi_dist_handler.dialects import OURS, LmiDialect
 from lmi_dist_handler.formatter import (
     Candidate,
@@ -73,7 +73,8 @@ class LmiFormatter(Formatter):
 
     def error(self, error: Exception) -> Told:
         told = super().error(error)
-        if self.wishes.dialect.failed_in_form and isinstance(error, StepError):
+        is_failed_step = isinstance(error, StepError) or not isinstance(error, LmiError)
+        if self.wishes.dialect.failed_in_form and is_failed_step:
             return told._replace(text=self._broken(told), in_form=True)
         return told
 

@@ -17,7 +17,7 @@ class FakeStats:
 
 class FakeEngine:
     """Refuses the prompt `bad`, is full for `full`, fails in the middle of `broken`, raises out of a step for `crash` and out of
-    abort, too, for `doom`. `gate`, once closed, holds every step; `steps` counts them."""
+    abort, too, for `doom`; the letter `_` has no text. `gate`, once closed, holds every step; `steps` counts them."""
 
     def __init__(self) -> None:
         self.running: dict[str, tuple[Request, int]] = {}
@@ -52,7 +52,7 @@ class FakeEngine:
             del self.running[request.id]
         else:
             self.running[request.id] = (request, place + 1)
-        text = prompt[place] * (5_000_000 if prompt == "h" else 1)
+        text = "" if prompt[place] == "_" else prompt[place] * (5_000_000 if prompt == "h" else 1)
         return Output(
             request_id=request.id,
             text=text,
