@@ -21,6 +21,8 @@ class LmiDialect:
     """How one version speaks the LMI schema. The defaults are those of 0.29."""
 
     wire: int = 27  # version of the wire: 26 has 16-bit text lengths
+    asks_all_ranks: bool = True  # each request goes to every rank, and the last one's answer counts
+    failure: str = "prediction failure"  # message of a reply for an exception
     has_chat: bool = True  # a body with `messages` is a chat
     form_by_request: bool = True  # `stream` and parameters.output_formatter choose the form; else the option alone
     several: bool = True  # n and best_of
@@ -47,7 +49,8 @@ class LmiDialect:
         return "eos_token" if reason == "stop_sequence" and not self.tells_stop_sequence else reason
 
 
-OURS = LmiDialect()
+TODAYS_FAILURE = "invoke handler failure"
+OURS = LmiDialect(asks_all_ranks=False, failure=TODAYS_FAILURE)
 V26 = LmiDialect(
     wire=26, has_chat=False, form_by_request=False, several=False, json_in_pieces=True, drops_falsy=True, details=FIRST_DETAILS,
     tells_stop_sequence=True,
@@ -55,7 +58,7 @@ V26 = LmiDialect(
 V27 = LmiDialect(several=False, json_in_pieces=True, drops_falsy=True, lists_ids=True, details=COUNTED)
 V28 = LmiDialect(several=False, json_in_pieces=True, details=WITH_PROMPT, failed_in_form=True)
 V29 = LmiDialect(parse_error=PARSE_ERROR, last_must_speak=True)
-TODAY = LmiDialect(sampled_by_default=True, parse_error=PARSE_ERROR)
+TODAY = LmiDialect(asks_all_ranks=False, failure=TODAYS_FAILURE, sampled_by_default=True, parse_error=PARSE_ERROR)
 TODAY_ASYNC = replace(TODAY, is_todays=True, parse_error="Input parsing failed: ")
 
 BY_MINOR = {26: V26, 27: V27, 28: V28, 29: V29}

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from lmi_dist_handler.dialects import LmiDialect
-from lmi_dist_handler.streaming import MAX_PIECE, Frame, ReplyType, Streams
-from lmi_dist_handler.wire import Input, Output
+from lmi_dist_handler.streaming import MAX_PIECE, Frame, Streams
+from lmi_dist_handler.wire import Codec, Input, Output
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class RollingBatch:
     def __init__(self, streams: Streams, dialect: LmiDialect) -> None:
         self._streams = streams
         self._dialect = dialect
+        self._codec = Codec(dialect.wire)
         self._answers: list[Answer] = []
         self._news = asyncio.Event()
 
@@ -106,7 +107,7 @@ class RollingBatch:
     def is_empty(self) -> bool:
         return not self._answers
 
-    async def step(self, inputs: Input, reply: ReplyType) -> Output:
+    async def step(self, inputs: Input) -> Output:
         """The reply to one step: an item for each request, in the host's order."""
         if inputs.get_property("reset_rollingbatch"):
             await self._clear("the host has told so")
@@ -117,7 +118,7 @@ class RollingBatch:
         num_known = len(self._answers)
         self._answers += [self._open(one, hash(key)) for one, key in zip(batch[num_known:], keys[num_known:], strict=True)]
         await self._until_news()
-        return self._reply(reply())
+        return self._reply()
 
     def _goes_on(self, keys: Sequence[int | None]) -> bool:
         """Whether the host's list begins with ours. A body that is sent again is no other request."""
@@ -145,12 +146,13 @@ class RollingBatch:
             except (TimeoutError, asyncio.TimeoutError):
                 continue
 
-    def _reply(self, output: Output) -> Output:
+    def _reply(self) -> Output:
+        output = Output()
         frames = [answer.take() for answer in self._answers]
         for place, frame in enumerate(frames):
             if frame.content_type:
                 output.add_property(f"batch_{place}_Content-Type", frame.content_type)
-            output.add(frame.map(type(output)), key="data", batch_index=place)
+            output.add(frame.map(self._codec), key="data", batch_index=place)
         self._answers = [answer for answer, frame in zip(self._answers, frames, strict=True) if not frame.is_last]
         return output
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lmi_dist import LmiError, StepError
 from lmi_dist_handler import requests, responses
@@ -20,7 +20,7 @@ from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
-from lmi_dist_handler.wire import Input, Output
+from lmi_dist_handler.wire import Codec, Input, Output
 
 if TYPE_CHECKING:
     from lmi_dist import Engine, Request
@@ -174,14 +174,6 @@ class Feed:
         return items
 
 
-class ReplyType(Protocol):
-    """The host's Output class: ours, or djl_python's."""
-
-    def __call__(self) -> Output: ...
-
-    def binary_encode(self, values: dict[str, Any], /) -> bytes: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One piece of an answer. With a code it is the last, and `text` is the error as this client's dialect writes it."""
@@ -192,18 +184,18 @@ class Frame:
     code: int | None = None
     error: str = ""
 
-    def map(self, reply: ReplyType) -> bytes:
+    def map(self, codec: Codec) -> bytes:
         """As the map of contract 4.4."""
         values: dict[str, Any] = {"data": self.text, "last": self.is_last}
         if self.code is not None:
             values |= {"code": self.code, "error": self.error}
-        return reply.binary_encode(values)
+        return codec.encode_map(values)
 
-    def encode(self, reply: ReplyType) -> Output:
-        output = reply()
+    def encode(self, codec: Codec) -> Output:
+        output = Output()
         if self.content_type:
             output.add_property("Content-Type", self.content_type)
-        output.add(self.map(reply))
+        output.add(self.map(codec))
         return output
 
 
@@ -217,6 +209,7 @@ class Streams:
         self._thread = thread
         self._engine = engine
         self._config = config
+        self._codec = Codec(config.dialect.wire)
         self._own = own  # called in the loop's thread only: nobody has promised that they may be called at once
         self._feeds: dict[str, Feed] = {}  # by tracking id
         self._idle = asyncio.Event()
@@ -224,11 +217,11 @@ class Streams:
         self._is_draining = False
         self._first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
 
-    async def answer(self, inputs: Input, reply: ReplyType) -> AsyncIterator[Output]:
+    async def answer(self, inputs: Input) -> AsyncIterator[Output]:
         """Frames that answer one request: text as it comes, or one frame with a code. Aborts the request when closed early."""
         async for frame in self.frames(inputs, str(inputs.get_property("request_tracking_id") or uuid.uuid4())):
             if frame.text or frame.is_last:
-                yield frame.encode(reply)
+                yield frame.encode(self._codec)
 
     async def frames(
         self, inputs: Input, tracking_id: str, parse: Parser = requests.parse_input, seed: int | None = None

@@ -111,8 +111,11 @@ class DjlHost:
         entry_point: str = "lmi_dist_handler",
         predict_timeout_s: float = 60.0,
         environment: Mapping[str, str] | None = None,
+        python: Sequence[str] = (sys.executable,),
     ) -> None:
-        """`properties` are those of serving.properties, `degree` what tensor_parallel_degree comes to."""
+        """`properties` are those of serving.properties, `degree` what tensor_parallel_degree comes to, `python` how a script is
+        started."""
+        self.python = python
         self.version, self.degree = version, degree
         self.wire = HostWire(version.minor)
         self.given = dict(properties)
@@ -132,6 +135,7 @@ class DjlHost:
         self.init_replies: list[Reply] = []
         self.connections: list[socket.socket] = []
         self.process: subprocess.Popen[str] | None = None
+        self.reader: threading.Thread | None = None
 
     def __enter__(self) -> "DjlHost":
         self.start()
@@ -151,7 +155,7 @@ class DjlHost:
 
     def command(self) -> list[str]:
         """The version's exact argv (contract 1.2, 1.3), with this environment's mpirun and python."""
-        engine = [sys.executable, str(self.cache / "djl_python_engine.py")]
+        engine = [*self.python, str(self.cache / "djl_python_engine.py")]
         where = ["--sock-type", "unix", "--sock-name", str(self.socket_name)]
         entry = ["--entry-point", self.entry_point]
         recommended = ["--recommended-entry-point", RECOMMENDED] if self.version.minor >= 29 else []
@@ -189,17 +193,19 @@ class DjlHost:
             self.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.model_dir, env=environment
         )
         marks = threading.Semaphore(0)
-        threading.Thread(target=self._read_lines, args=(self.process.stdout, marks), daemon=True).start()
+        self.reader = threading.Thread(target=self._read_lines, args=(self.process.stdout, marks), daemon=True)
+        self.reader.start()
         for _ in range(self.num_ranks):
             assert marks.acquire(timeout=START_TIMEOUT_S), "Python process startup time out."
             assert self.process.poll() is None or self.is_mpi, "Python stream closed unexpectedly\n" + "\n".join(self.lines)
         self.connections = [self._connect(rank) for rank in range(self.num_ranks)]
 
     def _read_lines(self, stream, marks) -> None:
-        for line in stream:
-            self.lines.append(line.rstrip("\n"))
-            if STARTED in line:
-                marks.release()
+        with stream:
+            for line in stream:
+                self.lines.append(line.rstrip("\n"))
+                if STARTED in line:
+                    marks.release()
         for _ in range(self.num_ranks):
             marks.release()
 
@@ -238,6 +244,8 @@ class DjlHost:
                 self.process.wait(0.5)
             self.kill()
         self.kill_dangling()
+        if self.reader is not None:
+            self.reader.join(5)
 
     def pids(self) -> list[int]:
         return [int(path.read_text()) for path in self.folder.glob(f"{self.socket_name.name}*.pid")]

@@ -1,0 +1,228 @@
+"""Inside DJL Serving of each version, played by the tests' own host (djl_host.py): 200 mixed requests on real worker processes,
+whose ids are those of the engine alone and of transformers, and whose headers, codes and bytes are the contract's."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from djl_host import VERSIONS, Client, DjlHost, Version
+from warm_python import warm
+
+from lmi_dist import Engine, EngineConfig, Request, SamplingParams
+
+NUM_TOKENS = 8
+NUM_REQUESTS = 200
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+PROMPTS = ("The quick brown fox", "def f(x):", "Съешь же ещё", "two spaces,  a tab", "naïve café", "jumps over the lazy dog")
+SEED = 20240126
+CONTENT_TYPES = {
+    "json": "application/json", "jsonlines": "application/jsonlines", "sse": "text/event-stream", "none": "text/plain",
+    "json_chat": "application/json", "jsonlines_chat": "application/jsonlines", "sse_chat": "text/event-stream",
+}  # fmt: skip
+FORMS = {26: (), 27: ("json", "jsonlines", "none", "json_chat", "jsonlines_chat")}
+FORMS[28] = FORMS[29] = (*FORMS[27], "sse")
+FORMS[36] = (*FORMS[29], "sse_chat")
+
+# what clients ask for: parameters, and the same in the engine's words
+GREEDY: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "ignore_eos_token": True}
+DRAWN: dict[str, Any] = {**GREEDY, "do_sample": True, "temperature": 0.9, "top_k": 20, "seed": 7}
+KINDS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    (GREEDY, {"temperature": 0.0}),
+    (DRAWN, {"temperature": 0.9, "top_k": 20, "seed": 7}),
+    ({name: value for name, value in DRAWN.items() if name != "seed"}, {"temperature": 0.9, "top_k": 20, "seed": SEED}),
+    ({**GREEDY, "ignore_eos_token": False, "logit_bias": {"2": 1000}}, {"temperature": 0.0, "logit_bias": {2: 1000.0}}),
+    ({**GREEDY, "repetition_penalty": 1.5, "max_new_tokens": 3}, {"temperature": 0.0, "repetition_penalty": 1.5, "max_tokens": 3}),
+)
+BROKEN: tuple[tuple[bytes, str], ...] = (
+    (b"{", "the body is not JSON"),
+    (b'{"parameters": {}}', "inputs is missing"),
+    (b'{"inputs": "x", "parameters": {"top_p": 2}}', "parameters.top_p=2 is refused"),
+    (json.dumps({"inputs": "far too long " * 300}).encode(), "max_model_len"),
+)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the engine alone says."""
+
+    text: str
+    ids: tuple[int, ...]
+    reason: str
+
+
+@dataclass
+class Model:
+    """A checkpoint, and what becomes of a prompt there."""
+
+    folder: Path
+    engine: Engine
+    known: dict[Any, Truth] = field(default_factory=dict)
+
+    def truth(self, prompt: str, params: dict[str, Any], *, is_chat: bool = False) -> Truth:
+        key = (prompt, json.dumps(params), is_chat)
+        if key not in self.known:
+            values = {"max_tokens": NUM_TOKENS, "ignore_eos": "logit_bias" not in params, "logprobs": 0, **params}
+            self.engine.add(Request(id="alone", prompt=prompt, params=SamplingParams(**values), add_special_tokens=not is_chat))
+            outputs = []
+            while self.engine.has_work:
+                outputs += self.engine.step()
+            ids = tuple(token.id for output in outputs for token in output.tokens)
+            self.known[key] = Truth("".join(output.text for output in outputs), ids, str(outputs[-1].finish_reason))
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A model whose greedy answers to PROMPTS have no near tie in transformers; and they are the engine's."""
+    folder = tmp_path_factory.mktemp("djl") / "tiny"
+    for seed in range(50):
+        reference = tiny_models.build("llama2-gqa", seed)
+        tokenizer = tiny_models.tiny_tokenizers.byte_level()
+        said = [tiny_models.refer(reference, tuple(tokenizer(prompt)["input_ids"]), NUM_TOKENS) for prompt in PROMPTS]
+        if min(float(tiny_models.gap(one.logits).min()) for one in said) >= tiny_models.LEAST_GAP:
+            break
+    tiny_models.save(reference, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    engine = Engine(EngineConfig(model=str(folder), dtype="fp32", cpu_threads=1, kv_cache_memory_bytes=1 << 22))
+    model = Model(folder, engine)
+    assert [model.truth(prompt, {"temperature": 0.0}).ids for prompt in PROMPTS] == [one.ids for one in said]
+    yield model
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    with warm(tmp_path_factory.mktemp("warm")) as command:
+        yield command
+
+
+@pytest.fixture
+def start(model: Model, python: list[str]) -> Callable[..., DjlHost]:
+    """A host of a version with the seed's options and these."""
+
+    def start(version: Version, degree: int = 1, **options: str) -> DjlHost:
+        properties = {
+            "engine": "MPI", "option.tensor_parallel_degree": str(degree), "option.rolling_batch": "lmi-dist",
+            "option.model_id": str(model.folder), "option.max_rolling_batch_prefill_tokens": "4096", "option.dtype": "fp32",
+            "option.cpu_threads": "1", **{f"option.{name}": value for name, value in options.items()},
+        }  # fmt: skip
+        return DjlHost(version, properties, degree=degree, python=python)
+
+    return start
+
+
+@dataclass
+class Asked:
+    """A client, the form it wants, and what it must get: a Truth, or the sentence of an error."""
+
+    client: Client
+    form: str
+    expected: Truth | str
+
+
+def mixed(model: Model, forms: tuple[str, ...], fixed: str = "", *, has_seeds: bool = True) -> list[Asked]:
+    """200 requests of all kinds and forms; `fixed` is the form where a request has no say in it; `has_seeds`: the host gives seeds."""
+    wanted = []
+    kinds = KINDS if has_seeds else [kind for kind in KINDS if kind[1].get("seed") != SEED]
+    ways = itertools.cycle(itertools.product(kinds, forms or (fixed,)))
+    for number in range(NUM_REQUESTS):
+        if number % 20 == 13:
+            body, sentence = BROKEN[number // 20 % len(BROKEN)]
+            wanted.append(Asked(Client(body, {"Content-Type": "application/json"}), "json", sentence))
+            continue
+        (parameters, params), form = next(ways)
+        wanted.append(
+            _chat(model, number, form) if form.endswith("_chat") else _text(model, number, parameters, params, form, fixed)
+        )
+    for one in wanted:
+        one.client.seed = SEED
+    return wanted
+
+
+def _text(model: Model, number: int, parameters: dict[str, Any], params: dict[str, Any], form: str, fixed: str) -> Asked:
+    prompt = PROMPTS[number % len(PROMPTS)]
+    asks = {**parameters, "details": True, **({} if fixed else {"output_formatter": form})}
+    return Asked(Client.of(inputs=prompt, parameters=asks), form, model.truth(prompt, params))
+
+
+def _chat(model: Model, number: int, form: str) -> Asked:
+    prompt = PROMPTS[number % len(PROMPTS)]
+    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    is_lines = form == "jsonlines_chat"
+    client = Client.of(**body, stream=is_lines, logprobs=True) if form != "sse_chat" else Client.of(**body, stream=False)
+    return Asked(
+        client, "jsonlines_chat" if is_lines else "json_chat", model.truth(f"user: {prompt}\n", {"temperature": 0.0}, is_chat=True)
+    )
+
+
+def check(version: Version, asked: Asked) -> None:
+    """The client's answer against what it must be."""
+    client = asked.client
+    assert client.is_over
+    if isinstance(asked.expected, str):
+        assert client.status == (200 if version.minor < 29 else 424)
+        told = client.json["error"]
+        assert asked.expected in told
+        return
+    assert client.status == 200, client.text
+    if version.minor > 26 or asked.form in ("json", "jsonlines"):
+        assert client.got["Content-Type"] == CONTENT_TYPES[asked.form]
+    text, ids, reason = read(version, asked.form, client)
+    assert text == asked.expected.text or (version.minor == 29 and not asked.expected.text and text == "\n")  # never silent there
+    assert ids in (None, asked.expected.ids)
+    assert reason in (None, asked.expected.reason)
+
+
+def read(version: Version, form: str, client: Client) -> tuple[str, tuple[int, ...] | None, str | None]:
+    """Text, ids and reason of an answer, those that its form tells."""
+    if form == "none":
+        return client.text, None, None
+    if form == "json":
+        details = client.json["details"]
+        return client.json["generated_text"], ids_of(details["tokens"]), details["finish_reason"]
+    if form == "json_chat":
+        choice = client.json["choices"][0]
+        return choice["message"]["content"], None, choice["finish_reason"]
+    lines = [json.loads(line.removeprefix("data: ")) for line in client.text.splitlines() if line]
+    if form == "jsonlines_chat":
+        choices = [line["choices"][0] for line in lines]
+        return "".join(choice["delta"]["content"] for choice in choices), None, choices[-1]["finish_reason"]
+    assert lines[-1]["generated_text"] == "".join(line["token"].get("text", "") for line in lines)
+    return lines[-1]["generated_text"], ids_of([line["token"] for line in lines]), lines[-1]["details"]["finish_reason"]
+
+
+def ids_of(tokens: list[dict[str, Any]]) -> tuple[int, ...]:
+    """0.27 lists the ids of a token."""
+    return tuple(token["id"][0] if isinstance(token["id"], list) else token["id"] for token in tokens)
+
+
+def answers_alike(host: DjlHost) -> None:
+    """Each rank that was asked has sent the same bytes."""
+    assert {reply.raw for reply in host.last_replies} == {host.last_replies[0].raw}
+    assert len(host.last_replies) == (1 if host.version.is_todays else host.num_ranks)
+
+
+def serve(host: DjlHost, wanted: list[Asked]) -> None:
+    clients = [one.client for one in wanted]
+    with host:
+        if host.version.is_async:
+            host.go(clients)
+        else:
+            host.roll(clients, on_step=lambda: answers_alike(host))
+    for one in wanted:
+        check(host.version, one)
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:], ids=str)
+def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, model: Model, start: Any) -> None:
+    serve(start(version), mixed(model, FORMS[version.minor], has_seeds=not version.is_async))
+
+
+@pytest.mark.parametrize("form", ["json", "jsonlines", "none"])
+def test_first_version_lets_the_option_choose_the_form(form: str, model: Model, start: Any) -> None:
+    serve(start(VERSIONS[0], output_formatter=form), mixed(model, (), fixed=form))
