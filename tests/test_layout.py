@@ -65,6 +65,7 @@ HANDLER_LEVELS = (
     ("openapi", "streaming"),
     ("management", "rolling_batch", "whole_batch"),
     ("http", "served"),
+    ("forwarding", "ranks"),
     ("server",),
     ("__init__", "cli"),
     ("bench", "demo"),

@@ -1,11 +1,15 @@
-"""An event loop in a thread of its own, for hosts that call without one: DJL's sync workers."""
+"""Threads beside a host's own: an event loop for hosts that call without one, DJL's sync workers; and a watch over the parent."""
 
 import asyncio
+import os
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+WATCH_INTERVAL_S = 1.0
 
 
 class Background:
@@ -37,3 +41,15 @@ class Background:
                 yield item
         finally:
             self.run(close())
+
+
+def end_with_parent() -> None:
+    """End this process when its parent ends. mpirun may get a SIGKILL while we wait for another rank; nobody else would tell us."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_INTERVAL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

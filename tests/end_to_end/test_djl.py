@@ -126,7 +126,7 @@ class Asked:
 
 
 def mixed(model: Model, forms: tuple[str, ...], fixed: str = "", *, has_seeds: bool = True) -> list[Asked]:
-    """200 requests of all kinds and forms; `fixed` is the form where a request has no say in it; `has_seeds`: the host gives seeds."""
+    """200 requests of all kinds and forms; `fixed` is the form where a request has no say; `has_seeds`: the host gives seeds."""
     wanted = []
     kinds = KINDS if has_seeds else [kind for kind in KINDS if kind[1].get("seed") != SEED]
     ways = itertools.cycle(itertools.product(kinds, forms or (fixed,)))
@@ -218,11 +218,13 @@ def serve(host: DjlHost, wanted: list[Asked]) -> None:
         check(host.version, one)
 
 
+@pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize("version", VERSIONS[1:], ids=str)
-def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, model: Model, start: Any) -> None:
-    serve(start(version), mixed(model, FORMS[version.minor], has_seeds=not version.is_async))
+def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, degree: int, model: Model, start: Any) -> None:
+    serve(start(version, degree), mixed(model, FORMS[version.minor], has_seeds=not version.is_async))
 
 
+@pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize("form", ["json", "jsonlines", "none"])
-def test_first_version_lets_the_option_choose_the_form(form: str, model: Model, start: Any) -> None:
-    serve(start(VERSIONS[0], output_formatter=form), mixed(model, (), fixed=form))
+def test_first_version_lets_the_option_choose_the_form(form: str, degree: int, model: Model, start: Any) -> None:
+    serve(start(VERSIONS[0], degree, output_formatter=form), mixed(model, (), fixed=form))

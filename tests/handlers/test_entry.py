@@ -39,7 +39,7 @@ class DjlInput:
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No model is loaded yet; what stands for djl_python goes with the test."""
     monkeypatch.setattr(lmi_dist_handler, "_served", None)
-    monkeypatch.setattr(lmi_dist, "Engine", lambda config: FakeEngine(), raising=False)
+    monkeypatch.setattr(lmi_dist, "Engine", lambda config, link: FakeEngine(), raising=False)
     yield
     for name in [name for name in sys.modules if name == "model" or name.partition(".")[0] == "djl_python"]:
         del sys.modules[name]
@@ -87,7 +87,7 @@ def test_djl_gets_replies_of_its_own_class(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_failure_to_load_is_a_reply_with_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: object) -> None:
+    def refuse(config: object, link: object) -> None:
         raise MemoryPlanError("weights 8 GB and 4 GB are free")
 
     monkeypatch.setattr(lmi_dist, "Engine", refuse, raising=False)

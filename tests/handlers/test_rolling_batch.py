@@ -12,7 +12,7 @@ from lmi_dist_handler.dialects import V27, V28, V29, LmiDialect
 from lmi_dist_handler.rolling_batch import RollingBatch
 from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.streaming import EngineThread, Streams
-from lmi_dist_handler.wire import Codec, Input, Output, PairList
+from lmi_dist_handler.wire import Codec, Input, PairList
 
 from lmi_dist import EngineConfig
 
@@ -45,7 +45,7 @@ class Host:
         return await self.send(content, {"reset_rollingbatch": "true"} if reset else {})
 
     async def send(self, content: PairList, properties: dict[str, str]) -> list[Item]:
-        output = await self.batch.step(Input({"batch_size": str(len(self.active)), **properties}, content), Output)
+        output = await self.batch.step(Input({"batch_size": str(len(self.active)), **properties}, content))
         assert output.code == 200
         items = [Codec().decode_map(value) for value in output.content.get_values()]
         assert output.content.get_keys() == [f"batch_{place}.data" for place in range(len(self.active))]

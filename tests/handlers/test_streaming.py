@@ -27,7 +27,7 @@ class Bench:
     def frames(self, prompt: str, tracking_id: str = "t", stream: bool = True, **more: Any) -> AsyncIterator[Output]:
         body = json.dumps({"inputs": prompt, "stream": stream, **more}).encode()
         inputs = Input({"request_tracking_id": tracking_id, "content-type": "application/json"}, PairList([("data", body)]))
-        return self.streams.answer(inputs, Output)
+        return self.streams.answer(inputs)
 
     async def answer(self, prompt: str, tracking_id: str = "t", stream: bool = True, **more: Any) -> list[dict[str, str]]:
         return [values(frame) async for frame in self.frames(prompt, tracking_id, stream, **more)]
@@ -104,7 +104,7 @@ def test_refused_request_is_told_alone(prompt: str, code: str, sentence: str) ->
 def test_broken_body_is_told_alone() -> None:
     async def check(bench: Bench) -> None:
         inputs = Input({}, PairList([("data", b"{")]))
-        frames = [frame async for frame in bench.streams.answer(inputs, Output)]
+        frames = [frame async for frame in bench.streams.answer(inputs)]
 
         assert [frame.get_property("Content-Type") for frame in frames] == ["application/json"]
         assert values(frames[0])["code"] == "424"
