@@ -39,6 +39,8 @@ class DjlInput:
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No model is loaded yet; what stands for djl_python goes with the test."""
     monkeypatch.setattr(lmi_dist_handler, "_served", None)
+    for name in ("defuse", "end_with_parent"):  # this process is no worker
+        monkeypatch.setattr(lmi_dist_handler, name, lambda *_: None)
     monkeypatch.setattr(lmi_dist, "Engine", lambda config, link: FakeEngine(), raising=False)
     yield
     for name in [name for name in sys.modules if name == "model" or name.partition(".")[0] == "djl_python"]:
