@@ -7,7 +7,7 @@ A candidate knows how its text ends; which sequences run, and where their keys a
 import time
 from dataclasses import dataclass, field, replace
 
-from lmi_dist.request import FinishReason, Output, Request, SamplingParams, Token, TokenLogprob
+from lmi_dist.request import FinishReason, ModelInput, Output, Request, SamplingParams, Token, TokenLogprob
 from lmi_dist.sampler import Choice, Draws, candidate_seed
 from lmi_dist.scheduler import Finished
 from lmi_dist.text import StopStrings, TextDecoder, TextStream
@@ -19,7 +19,7 @@ class Job:
     def __init__(
         self,
         request: Request,
-        prompt_ids: tuple[int, ...],
+        input: ModelInput,
         seed: int,
         eos_ids: frozenset[int],
         text: TextDecoder,
@@ -29,7 +29,8 @@ class Job:
         params = request.params
         self.request = request
         self.params: SamplingParams = params
-        self.prompt_ids = prompt_ids
+        self.input = input
+        self.prompt_ids = input.token_ids
         self.text = text
         self.eos_ids = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids | frozenset(params.stop_token_ids)
@@ -151,7 +152,7 @@ class Candidate:
             tokens=tokens,
             finish_reason=reason,
             error=error,
-            num_prompt_tokens=len(self.job.prompt_ids),
+            num_prompt_tokens=self.job.input.num_tokens,
             num_generated_tokens=self.num_generated,
             cumulative_logprob=self.cumulative_logprob,
             prompt_tokens=self.job.take_prompt_tokens() if tells_prompt else (),

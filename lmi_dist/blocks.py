@@ -8,18 +8,32 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from lmi_dist.plan import PlacedImage
+
 
 class PrefixChain:
     """Names of one sequence's full blocks, computed when first asked for: a block's digest covers salt, adapter, the encoder's
-    input and every token up to its end, for its keys depend on all of them. d[i] = sha256(d[i - 1] + tokens of block i).
+    input and every token and image up to its end, for its keys depend on all of them.
+    d[i] = sha256(d[i - 1] + tokens of block i + digests of the images that begin in it).
 
     `adapter` is a slot: whoever loads other weights into a slot must give its sequences another salt.
     """
 
-    __slots__ = ("_block_size", "_digests")
+    __slots__ = ("_block_size", "_digests", "_images")
 
-    def __init__(self, block_size: int, salt: str, adapter: int, encoder_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        salt: str,
+        adapter: int,
+        encoder_ids: Sequence[int] = (),
+        images: Sequence[PlacedImage] = (),
+    ) -> None:
         self._block_size = block_size
+        self._images: dict[int, bytes] = {}  # by block
+        for placed in images:
+            block = placed.start // block_size
+            self._images[block] = self._images.get(block, b"") + placed.image.digest
         # surrogatepass: a salt from JSON may hold half a surrogate pair.
         root = hashlib.sha256(f"{adapter}:{salt}".encode("utf-8", "surrogatepass"))
         if encoder_ids:
@@ -32,7 +46,8 @@ class PrefixChain:
         while len(digests) <= index + 1:
             first = (len(digests) - 1) * self._block_size
             tokens = array("q", token_ids[first : first + self._block_size])
-            digests.append(hashlib.sha256(digests[-1] + tokens.tobytes()).digest())
+            images = self._images.get(len(digests) - 1, b"")
+            digests.append(hashlib.sha256(digests[-1] + tokens.tobytes() + images).digest())
         return digests[index + 1]
 
     def cross_digests(self, num_blocks: int) -> list[bytes]:

@@ -48,6 +48,9 @@ class EngineConfig(BaseModel):
     reserved_memory_mb: int = Field(default=0, ge=0, description="MiB of memory to leave to other programs")
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0, description="share of a GPU's memory to use")
     max_logprobs: int = Field(default=20, ge=0, le=1000, description="alternatives a token that a request may ask for")
+    max_images: int = Field(default=16, ge=0, description="images in a prompt")
+    max_image_bytes: int = Field(default=20 << 20, ge=1, description="size of an encoded image")
+    max_image_pixels: int = Field(default=1 << 25, ge=1, le=1 << 27, description="width times height of an image")
     max_queue_size: int = Field(default=1000, ge=1, description="requests that may wait")
 
     @field_validator("dtype", mode="before")
@@ -56,6 +59,17 @@ class EngineConfig(BaseModel):
         if isinstance(value, str) and value.lower() in DTYPES:
             return DTYPES[value.lower()]
         raise ValueError(f"must be one of {', '.join(DTYPES)}")
+
+    @field_validator("max_images", mode="before")
+    @classmethod
+    def _images(cls, value: object) -> object:
+        """A number, or as limit_mm_per_prompt has it: image=4. Of other media there can only be none."""
+        if not isinstance(value, str) or "=" not in value:
+            return value
+        pairs = [pair.partition("=") for pair in value.replace(" ", "").split(",")]
+        if any(kind != "image" and number != "0" for kind, _, number in pairs):
+            raise ValueError("only images can be limited, as image=4; a model reads no other media")
+        return next((number for kind, _, number in pairs if kind == "image"), 0)
 
     @model_validator(mode="after")
     def _built(self) -> "EngineConfig":
@@ -265,6 +279,7 @@ class ModelConfig:
     dtype: Literal["fp32", "fp16", "bf16"]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    decoder_start_token_id: int | None = None  # what the decoder of an encoder-decoder begins with; None: there is no encoder
     generation: Mapping[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
 
     @classmethod
@@ -303,6 +318,7 @@ class ModelConfig:
             dtype=CHECKPOINT_DTYPES[keys.choice("dtype" if "dtype" in keys else "torch_dtype", CHECKPOINT_DTYPES, "float32")],
             bos_token_id=next(iter(keys.integers("bos_token_id")), None),
             eos_token_ids=wishes.integers("eos_token_id") or keys.integers("eos_token_id"),
+            decoder_start_token_id=_decoder_start(keys, wishes) if keys.boolean("is_encoder_decoder", default=False) else None,
             generation=_sampling_wishes(wishes),
         )
 
@@ -311,9 +327,14 @@ class ModelConfig:
         """Keys that any layer looks back to, the token's own included; 0: some layer sees all."""
         return 0 if 0 in self.windows else max(self.windows)
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.decoder_start_token_id is not None
+
     def model_len(self, wanted: int | None) -> int:
         """Tokens that a sequence may have. Raises ConfigError when more is wanted than the model can do."""
-        if wanted is not None and wanted > self.max_position:
+        is_bounded = not self.is_encoder_decoder  # whose positions are relative: the config tells what it was trained on
+        if is_bounded and wanted is not None and wanted > self.max_position:
             raise ConfigError(f"max_model_len={wanted} must be at most {self.max_position}, the positions of this model")
         return wanted or self.max_position
 
@@ -341,6 +362,12 @@ def _windows(keys: ConfigKeys, num_layers: int) -> tuple[int, ...]:
     if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in LAYER_TYPES for kind in kinds):
         raise keys.refuse("layer_types", f"must be a list of {num_layers}, each {' or '.join(LAYER_TYPES)}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _decoder_start(keys: ConfigKeys, wishes: ConfigKeys) -> int:
+    """As transformers has it, but for models without any, where it is the padding's."""
+    places = ((wishes, "decoder_start_token_id"), (keys, "decoder_start_token_id"), (keys, "pad_token_id"))
+    return next((source.integer(name, minimum=0) for source, name in places if name in source), 0)
 
 
 def _sampling_wishes(wishes: ConfigKeys) -> dict[str, float]:

@@ -15,6 +15,7 @@ from lmi_dist.admission import Admission
 from lmi_dist.answers import Candidate, Job
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import OverloadedError, RequestError, StepError
+from lmi_dist.images import ImageReader, VisionConfig
 from lmi_dist.link import Link
 from lmi_dist.meeting import connect
 from lmi_dist.parallel import Ranks
@@ -80,7 +81,9 @@ class Engine:
         self.max_model_len = setup.memory.max_model_len
         self.tokenizer = load_tokenizer(config, setup.model.folder)
         self._text = TextDecoder(self.tokenizer)
-        self._admission = Admission(self.config, self.model, self.max_model_len, self._text)
+        vision = VisionConfig.read(self.model.keys)
+        images = None if vision is None else ImageReader(self.config, vision, self.model.folder)
+        self._admission = Admission(self.config, self.model, self.max_model_len, self._text, images)
         eos = self.tokenizer.eos_token_id
         self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
         self._link.share_setup({"config": self.config.model_dump(mode="json"), "available_bytes": setup.available_bytes})
@@ -92,15 +95,15 @@ class Engine:
         """Queue a request. Raises RequestError if it breaks a rule, OverloadedError if too many wait; then nothing has changed."""
         if request.id in self._jobs:
             raise RequestError(f"id={request.id!r} is the id of a request that is still being answered; choose another", "id")
-        prompt_ids = self._admission.admit(request)
+        input = self._admission.admit(request)
         if self._scheduler.num_waiting >= self.config.max_queue_size:
             raise OverloadedError(
                 f"{self._scheduler.num_waiting} requests wait and max_queue_size={self.config.max_queue_size}; try later"
             )
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
-        job = Job(request, prompt_ids, seed, self._eos_ids, self._text, self._num_sequences)
+        job = Job(request, input, seed, self._eos_ids, self._text, self._num_sequences)
         self._num_sequences += len(job.candidates)
-        self._num_prompt_tokens += len(prompt_ids)
+        self._num_prompt_tokens += input.num_tokens
         self._jobs[request.id] = job
         for candidate in job.candidates:
             self._start(candidate)
@@ -141,6 +144,15 @@ class Engine:
         return outputs
 
     # ---- around them ----
+
+    def prepare(self, request: Request) -> Request:
+        """The request with its images read, for `add`, which else does it itself; for any thread. Raises RequestError."""
+        return self._admission.prepare(request)
+
+    @property
+    def image_token(self) -> str | None:
+        """How a text spells the place of an image; None: this model sees none."""
+        return self._admission.image_token
 
     @property
     def has_work(self) -> bool:
@@ -193,6 +205,8 @@ class Engine:
                 salt=self._salt(job),
                 wants_prompt_logits=candidate.index == 0 and job.params.prompt_logprobs is not None,
                 leader=job.candidates[0].sequence_id if candidate.index else None,
+                encoder_ids=job.input.encoder_ids,
+                images=job.input.images,
             )
         )
 

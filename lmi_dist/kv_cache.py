@@ -131,7 +131,7 @@ class _Demand:
         self.weights_bytes = self.item_bytes * self._num_weights(checkpoint)
         self.working_bytes = self._working_bytes()
         self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.item_bytes
-        self.blocks_of_one = -(-length // BLOCK_SIZE)
+        self.blocks_of_one = -(-length // BLOCK_SIZE) * (2 if model.is_encoder_decoder else 1)  # each end may be so long
         self.num_blocks = self._num_blocks()
 
     def _num_weights(self, checkpoint: Checkpoint) -> int:
@@ -152,6 +152,7 @@ class _Demand:
         feed_forward *= model.keys.integer("num_experts_per_tok", default=1)
         heads = 2 * (len(self.heads.query) + len(self.heads.key)) * model.head_dim
         tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
+        tokens = max(tokens, self.length) if model.is_encoder_decoder else tokens  # an encoder's input is not cut
         per_token = (4 * model.hidden_size + heads + feed_forward // self.num_ranks) * self.item_bytes
         rows = self.config.max_batch_size + min(MAX_PROMPT_ROWS, tokens)
         return tokens * per_token + rows * model.vocab_size * 4

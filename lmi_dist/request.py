@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lmi_dist.errors import RequestError
+from lmi_dist.plan import Image, PlacedImage
 
 FinishReason = Literal["length", "eos_token", "stop_sequence", "abort", "error"]
 
@@ -96,12 +97,13 @@ class ImagePart:
     data: bytes
 
 
-Prompt = str | tuple[int, ...] | tuple[str | ImagePart, ...]
+Prompt = str | tuple[int, ...] | tuple[str | ImagePart | Image, ...] | tuple[int | ImagePart | Image, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt to be continued. `prompt` is text, token ids, or parts (texts and images) in order."""
+    """One prompt to be continued. `prompt` is text, token ids, or parts in order: texts and images, or ids and images. An Image is
+    one that Engine.prepare has read."""
 
     id: str
     prompt: Prompt
@@ -110,6 +112,21 @@ class Request:
     add_special_tokens: bool = True  # False where a chat template has written them already
     adapter: str = ""
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """A prompt as the model takes it: the tokens that the decoder begins with, and what an encoder reads before them, if there is
+    one."""
+
+    token_ids: tuple[int, ...]
+    encoder_ids: tuple[int, ...] = ()
+    images: tuple[PlacedImage, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the client's own text, as it is told."""
+        return len(self.encoder_ids or self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

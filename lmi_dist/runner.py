@@ -3,15 +3,18 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 
 from lmi_dist import ops, quant
-from lmi_dist.batch import build
+from lmi_dist.batch import build, build_encoder
 from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.link import Link
-from lmi_dist.models import Model, model_class
+from lmi_dist.models import EncoderDecoder, Model, VisionModel, model_class
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import Plan
 from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
@@ -27,7 +30,9 @@ class Runner:
         ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
         self._link = link = link or Link()
         take_cpus(link.ranks)
-        _share_cpus(ops.select(config.kernels, config.cpu_threads), config.cpu_threads)
+        self._num_threads = config.cpu_threads or len(os.sched_getaffinity(0))
+        self._features: dict[bytes, torch.Tensor] = {}  # [tokens,E] of images, by digest
+        _share_cpus(ops.select(config.kernels, config.cpu_threads), self._num_threads)
         checkpoint = Checkpoint(model.folder)
         kind = quant.format_of(model, config.quantize)
         inventory = Inventory(checkpoint, memory.torch_dtype, link, kind)
@@ -42,10 +47,22 @@ class Runner:
         """fp32 logits [R,V] on rank 0: of each of plan.rows in order the last `num_outputs` tokens. Keys and values go to the
         cache. If it fails, it fails on all ranks, on the others with RankError."""
         try:
-            return self.model(build(plan, self.cache))
+            self._encode(plan)
+            return self.model(build(plan, self.cache, self._features))
         except Exception as error:
             self._link.drop(error)
             raise
+
+    def _encode(self, plan: Plan) -> None:
+        """Run the plan's encoder inputs. Of images' features only those are kept that the plan names."""
+        self._features = {digest: self._features[digest] for digest in plan.features}
+        texts = [encode for encode in plan.encodes if encode.image is None]
+        images = [encode.image for encode in plan.encodes if encode.image is not None]
+        if texts:
+            cast(EncoderDecoder, self.model).encode(build_encoder(texts, self.cache))
+        if images:
+            with _torch_threads(self._num_threads):
+                self._features |= {image.digest: cast(VisionModel, self.model).see(image) for image in images}
 
     def cache_regime(self, prompt_length: int) -> str:
         """To be mixed into a sequence's salt for the prefix cache: keys are alike only within one regime."""
@@ -72,7 +89,18 @@ def take_cpus(ranks: Ranks) -> None:
         os.sched_setaffinity(0, {cpus[ranks.rank % len(cpus)]})
 
 
-def _share_cpus(column: str, num_threads: int | None) -> None:
+def _share_cpus(column: str, num_threads: int) -> None:
     """Our kernels have threads of their own. Torch's would spin on the same CPUs for a while after each small operation that is
     still torch's, so torch gets one; on the torch column it does the work itself and gets them all."""
-    torch.set_num_threads(1 if column.startswith("cpu") else num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1 if column.startswith("cpu") else num_threads)
+
+
+@contextmanager
+def _torch_threads(num_threads: int) -> Iterator[None]:
+    """All threads for what is torch's alone, a vision tower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmi_dist.blocks import BlockPool, PrefixChain
-from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Encode, Plan
+from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Encode, PlacedImage, Plan, Span
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -33,6 +33,7 @@ class Sequence:
     leader: int | None = None  # a sequence added before with the same prompt, whose blocks this one waits for
     adapter: int = -1
     encoder_ids: tuple[int, ...] = ()  # what an encoder reads as a whole before the first token; all tokens attend to its keys
+    images: tuple[PlacedImage, ...] = ()  # in order; at their places the token ids count for nothing
 
     state: Literal["out", "waiting", "running"] = field(default="out", init=False)  # out: not added yet, or ended
     arrival: int = field(default=0, init=False)
@@ -108,6 +109,8 @@ class Scheduler:
 
     An encoder reads its input whole, in the step that admits its sequence: as many as fit a budget of the same size as that of
     prompt tokens but counted apart, and one in any case. Its keys lie in blocks of their own, found again only by the whole input.
+    An image is encoded, under the same budget, when the first of its places is to run. The ranks keep its features until no
+    running sequence has any of them to come; a sequence that was preempted before has them made again.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both by arrival
         self._running: list[Sequence] = []
         self._step: _Step | None = None
+        self._features: tuple[bytes, ...] = ()  # digests of the images that the ranks have encoded and still keep
 
     @property
     def has_work(self) -> bool:
@@ -181,7 +185,7 @@ class Scheduler:
             )
         # By reference: a leader is older than its siblings, so that no circle of leaders can wait for itself.
         sequence.leading = None if sequence.leader is None else self._sequences.get(sequence.leader)
-        sequence.chain = PrefixChain(self._pool.block_size, sequence.salt, sequence.adapter, sequence.encoder_ids)
+        sequence.chain = PrefixChain(self._pool.block_size, sequence.salt, sequence.adapter, sequence.encoder_ids, sequence.images)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._sequences[sequence.id] = sequence
@@ -203,6 +207,7 @@ class Scheduler:
         self._waiting.clear()
         self._running.clear()
         self._step = None
+        self._features = ()
         self._pool = BlockPool(self._pool.num_blocks, self._pool.block_size)
 
     def plan(self) -> Plan:
@@ -216,7 +221,8 @@ class Scheduler:
         if not step.has_preempted:  # or the victim would take back at once what it was robbed of
             self._admit(step)
         decodes, chunks = (tuple([chunk for _, chunk in rows]) for rows in (step.decoding, step.prefilling))
-        plan = Plan(self.num_steps, decodes, chunks, tuple([encode for _, encode in step.encodes]))
+        self._forget_features()
+        plan = Plan(self.num_steps, decodes, chunks, tuple([encode for _, encode in step.encodes]), self._features)
         if not plan.is_empty:
             step.plan = plan
             self._step = step
@@ -236,7 +242,10 @@ class Scheduler:
         self.prefix_query_tokens += step.num_query_tokens
         self.prefix_hit_tokens += step.num_hit_tokens
         for sequence, encode in step.encodes:
-            self._publish_encoded(sequence, encode)
+            if encode.image is not None:
+                self._features += (encode.image.digest,)
+            else:
+                self._publish_encoded(sequence, encode)
         finished: list[Finished] = []
         for sequence, chunk in rows:
             self._record(sequence, chunk)
@@ -310,8 +319,10 @@ class Scheduler:
     def _schedule_prefills(self, step: _Step, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             num_tokens = self._share_of_budget(sequence, sequence.num_scheduled, sequence.prefill_end, step)
+            num_tokens, images = self._images_to_encode(sequence, sequence.num_scheduled, num_tokens, step)
             if num_tokens == 0:
                 break
+            self._encode_images(sequence, images, step)
             self._schedule_chunk(sequence, num_tokens, step)
 
     def _admit(self, step: _Step) -> None:
@@ -326,6 +337,7 @@ class Scheduler:
             cross_hits = self._find_encoded(sequence)
             num_hit_tokens = len(hits) * self._pool.block_size
             num_tokens = self._share_of_budget(sequence, num_hit_tokens, len(sequence.token_ids), step)
+            num_tokens, images = self._images_to_encode(sequence, num_hit_tokens, num_tokens, step)
             num_encoded = 0 if cross_hits else len(sequence.encoder_ids)
             if num_tokens == 0 or (step.encodes and num_encoded > step.encoder_budget):
                 break
@@ -339,7 +351,36 @@ class Scheduler:
             if num_encoded:
                 step.encoder_budget -= num_encoded
                 step.encodes.append((sequence, Encode(sequence.id, sequence.encoder_ids, sequence.cross_table)))
+            self._encode_images(sequence, images, step)
             self._schedule_chunk(sequence, num_tokens, step)
+
+    def _images_to_encode(
+        self, sequence: Sequence, start: int, num_tokens: int, step: _Step
+    ) -> tuple[int, tuple[PlacedImage, ...]]:
+        """The images whose features these tokens lack, and how many of the tokens may run: those before the first image that the
+        encoders' budget has no room for. A prompt that must not be cut runs with all of its images, or waits."""
+        end = start + num_tokens
+        known = {*self._features, *(encode.image.digest for _, encode in step.encodes if encode.image is not None)}
+        lacking = {p.image.digest: p for p in reversed(sequence.images) if start < p.end and p.start < end}
+        images = tuple(placed for placed in reversed(lacking.values()) if placed.image.digest not in known)
+        budget = step.encoder_budget
+        for index, placed in enumerate(images):
+            budget -= placed.image.num_tokens
+            may_exceed = not step.encodes and (index == 0 or not self.chunked_prefill)
+            if budget < 0 and not may_exceed:
+                return (max(0, placed.start - start), images[:index]) if self.chunked_prefill else (0, ())
+        return num_tokens, images
+
+    def _encode_images(self, sequence: Sequence, images: tuple[PlacedImage, ...], step: _Step) -> None:
+        for placed in images:
+            step.encoder_budget -= placed.image.num_tokens
+            step.encodes.append((sequence, Encode(sequence.id, image=placed.image)))
+
+    def _forget_features(self) -> None:
+        """Of what the ranks keep, only what a running sequence has still to read; it is theirs to forget the rest."""
+        if self._features:
+            needed = {p.image.digest for s in self._running for p in s.images if s.num_computed < p.end}
+            self._features = tuple([digest for digest in self._features if digest in needed])
 
     def _find_encoded(self, sequence: Sequence) -> tuple[int, ...]:
         """The blocks of the encoder's keys if all of them are cached; else it reads its input again."""
@@ -471,7 +512,16 @@ def _chunk(sequence: Sequence, start: int, end: int, num_outputs: int) -> Chunk:
         adapter=sequence.adapter,
         cross_table=sequence.cross_table,
         cross_length=len(sequence.encoder_ids),
+        spans=_spans(sequence, start, end),
     )
+
+
+def _spans(sequence: Sequence, start: int, end: int) -> tuple[Span, ...]:
+    """The rows of the sequence's images that stand at positions start .. end - 1."""
+    if not sequence.images:
+        return ()
+    cuts = [(max(start, placed.start), min(end, placed.end), placed) for placed in sequence.images]
+    return tuple([Span(first, p.image.digest, first - p.start, last - first) for first, last, p in cuts if first < last])
 
 
 def _first_row(sequence: Sequence) -> int:

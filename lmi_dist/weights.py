@@ -21,7 +21,7 @@ from lmi_dist.fetch import Progress, fetch
 from lmi_dist.link import Link
 from lmi_dist.parallel import Ranks
 
-__all__ = ["WHOLE", "Checkpoint", "Inventory", "Progress", "TensorInfo", "Weights", "fetch"]
+__all__ = ["WHOLE", "Checkpoint", "Inventory", "Progress", "Renamed", "TensorInfo", "Weights", "fetch"]
 
 PIECE_BYTES = 8 << 20  # large against the cost of opening a file, small against any model
 SAFETENSORS_DTYPES = {
@@ -161,6 +161,28 @@ class Weights:
         if piece.numel() > self._buffer.numel():
             self._buffer = torch.empty(piece.numel(), dtype=self.dtype)
         return self._buffer[: piece.numel()].view(piece.shape).copy_(piece)
+
+
+class Renamed(Weights):
+    """A part of a checkpoint for a model that calls it otherwise: what it asks for as `name` is `rename(name)` in the whole."""
+
+    def __init__(self, whole: Weights, rename: Callable[[str], str]) -> None:
+        super().__init__(whole.checkpoint, whole.dtype, whole.link, whole.format)
+        self._whole, self._rename = whole, rename
+
+    def has(self, name: str) -> bool:
+        return self._whole.has(self._rename(name))
+
+    def pieces(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: slice = WHOLE,
+        columns: slice = WHOLE,
+        *,
+        transposed: bool = False,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._whole.pieces(self._rename(name), shape, rows, columns, transposed=transposed)
 
 
 class Inventory(Weights):

@@ -19,12 +19,12 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 
 # Low to high; an item may import items of lower rows only. A folder is one item: inside it, files import each other.
 ENGINE_LEVELS = (
-    ("errors",),
-    ("config", "request", "plan", "ops", "parallel", "fetch"),
+    ("errors", "plan"),
+    ("config", "request", "ops", "parallel", "fetch"),
     ("link",),
     ("local_link",),
     ("meeting",),
-    ("blocks", "weights"),
+    ("blocks", "images", "weights"),
     ("kv_cache",),
     ("batch",),
     ("scheduler", "quant", "lora", "sampler", "text"),

@@ -49,6 +49,7 @@ ENGINE = {
     "prefill_chunk_tokens": "prefill_chunk_tokens", "enable_chunked_prefill": "enable_chunked_prefill",
     "enable_prefix_caching": "enable_prefix_caching", "kv_cache_memory_bytes": "kv_cache_memory_bytes",
     "gpu_memory_utilization": "gpu_memory_utilization", "max_logprobs": "max_logprobs", "max_queue_size": "max_queue_size",
+    "limit_mm_per_prompt": "max_images", "max_image_bytes": "max_image_bytes", "max_image_pixels": "max_image_pixels",
 }  # fmt: skip
 
 PLAIN_ENGINE = ("reserved_memory_mb",)  # the same, without `option.`, as DJL calls them
@@ -94,7 +95,6 @@ UNBUILT: dict[str, tuple[tuple[str, ...], str]] = {
     "lora_dtype": ((), "of adapters"),
     "fully_sharded_loras": (("false",), "split both halves of an adapter over ranks"),
     "long_lora_scaling_factors": ((), "of adapters for long texts"),
-    "limit_mm_per_prompt": ((), "images in a prompt"),
     "image_placeholder_token": ((), "what stands for an image in a prompt"),
     "lmcache_auto_config": (("false",), "KV cache outside the process"),
 }

@@ -1,7 +1,7 @@
-"""Self-attention over the blocks of the KV pool: project, rotate, write the new keys, attend, project back."""
+"""Attention over the blocks of the KV pool: project, rotate, write the new keys, attend, project back. Or across, to an encoder."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,16 @@ from lmi_dist.parallel import Heads
 from lmi_dist.weights import Weights
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+class RelativeBias(NamedTuple):
+    """What a key's distance adds to its score (Raffel et al. 2020, section 2.1): fp32 [buckets,H] on this rank."""
+
+    table: torch.Tensor | None
+    max_distance: int
+
+
+NO_BIAS = RelativeBias(None, 128)
 
 
 class SelfAttention:
@@ -70,8 +80,8 @@ class PagedAttention:
     heads in groups of H // K; `heads` are those of this rank.
 
     scale: D^-0.5 if not given. window: keys that a token sees, itself included; 0: all. soft_cap: Gemma 2's, 0: none.
-    alibi: fp32 [H] slopes. interleaved: rotary turns pairs (2i, 2i+1) instead of (i, i+half). qk_norm: what is done to q [T,H,D]
-    and to k [T,K,D] before they are turned.
+    alibi: fp32 [H] slopes. relative_bias: T5's. causal: whether a token sees only those before it. interleaved: rotary turns pairs
+    (2i, 2i+1) instead of (i, i+half). qk_norm: what is done to q [T,H,D] and to k [T,K,D] before they are turned.
     """
 
     def __init__(
@@ -83,6 +93,8 @@ class PagedAttention:
         window: int = 0,
         soft_cap: float = 0.0,
         alibi: torch.Tensor | None = None,
+        relative_bias: RelativeBias = NO_BIAS,
+        causal: bool = True,
         interleaved: bool = False,
         qk_norm: tuple[Norm, Norm] | None = None,
     ) -> None:
@@ -90,6 +102,7 @@ class PagedAttention:
         self.first_key, self.first_value = len(heads.query), len(heads.query) + len(heads.key)
         self.scale = heads.size**-0.5 if scale is None else scale
         self.soft_cap, self.alibi, self.interleaved, self.qk_norm = soft_cap, alibi, interleaved, qk_norm
+        self.relative_bias, self.causal = relative_bias, causal
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
@@ -102,8 +115,33 @@ class PagedAttention:
         ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved)
         out = ops.attention(
             q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables,
-            scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi,
+            scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi, causal=self.causal,
+            relative_bias=self.relative_bias.table, max_distance=self.relative_bias.max_distance,
         )  # fmt: skip
+        return out.flatten(1)
+
+
+class CrossAttention:
+    """Attention of a decoder's tokens to all keys of their sequence's encoder, which lie in blocks of their own."""
+
+    def __init__(self, layer: int, head_dim: int, *, scale: float) -> None:
+        self.layer, self.head_dim, self.scale = layer, head_dim, scale
+
+    def write(self, kv: torch.Tensor, batch: ForwardBatch) -> None:
+        """Put the keys and values of an encoder's batch into its blocks. kv: [T,2KD]"""
+        k, v = kv.view(len(kv), 2, -1, self.head_dim).unbind(1)
+        cache = batch.cache.layers[self.layer]
+        ops.rotary(None, k, v, None, None, None, cache.k, cache.v, batch.slots)
+
+    def __call__(self, q: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """q: [T,HD] of a decoder's batch; gives [T,HD]."""
+        assert batch.cross_lengths is not None, "every sequence of an encoder-decoder has its encoder's keys"
+        assert batch.cross_tables is not None, "lengths and tables come together"
+        cache = batch.cache.layers[self.layer]
+        heads = q.view(len(q), -1, self.head_dim)
+        out = ops.attention(
+            heads, cache.k, cache.v, batch.starts, batch.cross_lengths, batch.cross_tables, scale=self.scale, causal=False
+        )
         return out.flatten(1)
 
 

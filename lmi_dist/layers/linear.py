@@ -58,7 +58,7 @@ class Linear:
     def __call__(
         self,
         x: torch.Tensor,
-        batch: ForwardBatch,
+        batch: ForwardBatch | None,
         *,
         activation: ops.Activation = "identity",
         out_dtype: torch.dtype | None = None,

@@ -11,6 +11,7 @@ import torch
 
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ConfigKeys, ModelConfig
+from lmi_dist.plan import Image
 from lmi_dist.weights import Weights
 
 
@@ -26,6 +27,20 @@ class Model(Protocol):
 
     def cache_regime(self, prompt_length: int) -> str:
         """Keys may be shared between prompts of one regime only; part of the prefix cache's salt."""
+
+
+class EncoderDecoder(Model, Protocol):
+    """A model whose tokens attend to what an encoder has read."""
+
+    def encode(self, batch: ForwardBatch) -> None:
+        """Read each sequence of the batch as a whole and write its cross keys to the batch's slots."""
+
+
+class VisionModel(Model, Protocol):
+    """A model that takes images in its text."""
+
+    def see(self, image: Image) -> torch.Tensor:
+        """Features [tokens,E] of an image, for ForwardBatch.images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +144,12 @@ ARCHITECTURES = {
     "GemmaForCausalLM": Architecture(
         module="gemma", defaults={**TIED, "head_dim": 256, "max_position_embeddings": 8192}, derive="gemma_keys"
     ),
+    "LlavaForConditionalGeneration": Architecture(module="llava", facts={"image_grid_pinpoints": None}, derive="standard_keys"),
+    "LlavaNextForConditionalGeneration": Architecture(
+        module="llava",
+        defaults={"image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]},
+        derive="standard_keys",
+    ),
     "LlamaForCausalLM": Architecture(module="llama"),
     "MPTForCausalLM": MPT,
     "MistralForCausalLM": Architecture(
@@ -174,6 +195,19 @@ ARCHITECTURES = {
         windowed=True,
     ),
     "RWForCausalLM": FALCON,  # falcon's first name
+    "T5ForConditionalGeneration": Architecture(
+        module="t5",
+        names={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "num_decoder_layers",
+            "num_attention_heads": "num_heads",
+            "head_dim": "d_kv",
+            "intermediate_size": "d_ff",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults={**TIED, "is_encoder_decoder": True, "n_positions": 512},
+        derive="standard_keys",
+    ),
 }
 
 

@@ -31,6 +31,9 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.gpu_memory_utilization": ("0.8", 0.8),
     "option.max_logprobs": ("5", 5),
     "option.max_queue_size": ("9", 9),
+    "option.limit_mm_per_prompt": ("image=4,video=0", 4),
+    "option.max_image_bytes": ("1000", 1000),
+    "option.max_image_pixels": ("1000", 1000),
     "reserved_memory_mb": ("500", 500),
 }
 REFUSED = ("option.quantize",)  # has a setting, every value of which is refused until it is built

@@ -8,7 +8,7 @@ from lmi_dist.admission import Admission
 from lmi_dist.config import EngineConfig
 from lmi_dist.errors import RequestError
 from lmi_dist.models import read_config
-from lmi_dist.request import ImagePart, Request, SamplingParams
+from lmi_dist.request import ImagePart, ModelInput, Request, SamplingParams
 from lmi_dist.text import TextDecoder
 
 LENGTH = 128
@@ -42,20 +42,20 @@ def ask(prompt="fox", *, truncate=None, add_special_tokens=True, adapter="", **p
     ],
 )
 def test_prompt_becomes_ids(admission, request_, ids):
-    assert admission.admit(request_) == ids
+    assert admission.admit(request_) == ModelInput(ids)
 
 
 @pytest.mark.parametrize("truncate", [1, 30, 1000])
 def test_truncate_keeps_the_last_tokens(admission, truncate):
     prompt = tiny_models.prompt_of(100)
 
-    assert admission.admit(ask(prompt, truncate=truncate)) == prompt[-truncate:]
+    assert admission.admit(ask(prompt, truncate=truncate)) == ModelInput(prompt[-truncate:])
 
 
 def test_longest_prompt_leaves_room_for_one_token(admission):
     prompt = tiny_models.prompt_of(LENGTH - 1)
 
-    assert admission.admit(ask(prompt)) == prompt
+    assert admission.admit(ask(prompt)) == ModelInput(prompt)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import tiny_tokenizers
 
 from lmi_dist.answers import Job
-from lmi_dist.request import Output, Request, SamplingParams
+from lmi_dist.request import ModelInput, Output, Request, SamplingParams
 from lmi_dist.sampler import Choice
 from lmi_dist.scheduler import Finished
 from lmi_dist.text import TextDecoder
@@ -15,7 +15,7 @@ EOS = 2
 
 def job_of(**params) -> Job:
     request = Request(id="r", prompt=(5, 6), params=SamplingParams(**params))
-    return Job(request, (5, 6), seed=0, eos_ids=frozenset({EOS}), text=TEXT, first_sequence=10)
+    return Job(request, ModelInput((5, 6)), seed=0, eos_ids=frozenset({EOS}), text=TEXT, first_sequence=10)
 
 
 def say(job: Job, index: int, *choices: Choice, reason="length") -> list[Output]:

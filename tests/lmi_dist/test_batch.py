@@ -1,12 +1,14 @@
 """A Plan becomes tensors: who stands where, which slot each key takes, which rows are wanted."""
 
+from dataclasses import replace
+
 import driving
 import pytest
 import torch
 
-from lmi_dist.batch import ForwardBatch, build
+from lmi_dist.batch import ForwardBatch, build, build_encoder
 from lmi_dist.kv_cache import KVCache
-from lmi_dist.plan import Chunk, Plan
+from lmi_dist.plan import Chunk, Encode, Plan
 
 DECODE = Chunk(sequence=7, token_ids=(5,), start=20, table=(9, 3), prompt_length=4, num_outputs=1)
 FIRST = Chunk(sequence=8, token_ids=(1, 2, 3), start=0, table=(4,), prompt_length=6, num_outputs=0)
@@ -22,6 +24,28 @@ def cache() -> KVCache:
 @pytest.fixture
 def batch(cache: KVCache) -> ForwardBatch:
     return build(PLAN, cache)
+
+
+def test_nobody_has_an_encoder(batch: ForwardBatch) -> None:
+    assert (batch.cross_lengths, batch.cross_tables) == (None, None)
+
+
+def test_encoders_keys_have_tables_and_lengths(cache: KVCache) -> None:
+    chunks = (replace(DECODE, cross_table=(6, 5), cross_length=17), replace(FIRST, cross_table=(7,), cross_length=2))
+
+    batch = build(Plan(step=0, chunks=chunks), cache)
+
+    assert batch.cross_lengths.tolist() == [17, 2]
+    assert batch.cross_tables.tolist() == [[6, 5], [7, -1]]
+    assert batch.tables.tolist() == [[9, 3], [4, -1]]
+
+
+def test_encoder_reads_whole_texts(cache: KVCache) -> None:
+    batch = build_encoder([Encode(1, tuple(range(18)), (3, 0)), Encode(2, (7, 8), (5,))], cache)
+
+    assert batch.ids.tolist() == [*range(18), 7, 8]
+    assert batch.slots.tolist() == [*range(48, 64), 0, 1, 80, 81]
+    assert (batch.starts.tolist(), batch.key_lengths.tolist(), batch.output_rows.tolist()) == ([0, 18, 20], [18, 2], [])
 
 
 def test_tokens_follow_the_plans_order(batch: ForwardBatch) -> None:

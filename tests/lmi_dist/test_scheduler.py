@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from scheduler_model import WatchedScheduler
 
-from lmi_dist.plan import Chunk, Encode, Plan
+from lmi_dist.plan import Chunk, Encode, Image, PlacedImage, Plan, Span
 from lmi_dist.scheduler import Finished, Scheduler, Sequence, wants_token
 
 
@@ -897,6 +897,119 @@ def test_encoder_must_fit_beside_the_text() -> None:
         scheduler.add(Sequence(id=1, token_ids=[0], prompt_length=1, max_tokens=5, encoder_ids=(1,) * 12))
 
 
+# ---- images ----
+
+
+def image(name: str, num_tokens: int) -> Image:
+    return Image(digest=name.encode(), num_tokens=num_tokens, shape=(), size=(1, 1), pixels=b"")
+
+
+CAT, DOG = image("cat", 3), image("dog", 5)
+PLACE = 9  # the token that stands where features do
+
+
+def pictured(text: list[int], *images: tuple[int, Image]) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    """The text with images in it, each so many of its tokens behind the one before."""
+    prompt, placed = [], []
+    rest = list(text)
+    for num_before, each in images:
+        prompt += rest[:num_before]
+        rest = rest[num_before:]
+        placed.append(PlacedImage(len(prompt), each))
+        prompt += [PLACE] * each.num_tokens
+    return prompt + rest, tuple(placed)
+
+
+def add_pictured(w: WatchedScheduler, id: int, text: list[int], *images: tuple[int, Image], **fields: Any) -> Sequence:
+    prompt, placed = pictured(text, *images)
+    return add(w, id, prompt, images=placed, **fields)
+
+
+def names(plan: Plan) -> list[bytes]:
+    return [encode.image.digest for encode in plan.encodes if encode.image is not None]
+
+
+def test_image_is_encoded_once_over_many_chunks() -> None:
+    w = watched(max_prefill_tokens=2)
+    add_pictured(w, 1, [1, 2, 3, 4], (3, DOG))
+
+    plans = [step(w) for _ in range(6)]
+
+    assert [names(plan) for plan in plans] == [[], [b"dog"], [], [], [], []]
+    assert [plan.features for plan in plans] == [(), (), (b"dog",), (b"dog",), (), ()]
+    assert plans[2].chunks[0].spans == (Span(4, b"dog", 1, 2),)
+
+
+def test_prompts_share_an_image_of_one_step() -> None:
+    w = watched()
+    for id in (1, 2):
+        add_pictured(w, id, [id, 2], (1, CAT))
+
+    assert names(step(w)) == [b"cat"]
+
+
+def test_chunk_ends_where_the_encoders_budget_does() -> None:
+    w = watched(max_prefill_tokens=7)
+    add_pictured(w, 1, [1, 2], (0, DOG), (0, CAT))
+
+    first, second = step(w), step(w)
+
+    assert (cuts(first.chunks), names(first)) == ([(1, 0, 5)], [b"dog"])
+    assert (cuts(second.chunks), names(second)) == ([(1, 5, 5)], [b"cat"])
+
+
+def test_uncut_prompt_has_all_its_images() -> None:
+    w = watched(max_prefill_tokens=2, chunked_prefill=False)
+    add_pictured(w, 1, [1, 2], (0, DOG), (0, CAT))
+
+    assert names(step(w)) == [b"dog", b"cat"]
+
+
+def test_prefix_is_found_only_with_the_same_image() -> None:
+    w = watched()
+    for id, each in ((1, CAT), (2, CAT), (3, image("dog", 3))):
+        add_pictured(w, id, [1, 2, 3, 4, 5, 6], (1, each), max_tokens=1)
+        step(w)
+
+    assert [plan.chunks[0].start for plan in w.plans] == [0, 8, 0]
+    assert [names(plan) for plan in w.plans] == [[b"cat"], [], [b"dog"]]
+
+
+def test_cached_half_of_an_image_is_encoded_for_the_rest() -> None:
+    w = watched()
+    add_pictured(w, 1, [1, 2], (2, DOG), max_tokens=1)
+    step(w)
+    add(w, 2, [7], max_tokens=1)
+    step(w)  # nobody needs the features any more
+    add_pictured(w, 3, [1, 2], (2, DOG))
+
+    plan = step(w)
+
+    assert (cuts(plan.chunks), names(plan)) == ([(3, 4, 3)], [b"dog"])
+
+
+def test_preempted_sequence_has_its_image_again() -> None:
+    w = watched(num_blocks=5, prefix_caching=False)
+    add(w, 1, [1] * 7, max_tokens=9)
+    young = add_pictured(w, 2, [1, 2], (0, CAT))
+    step(w)
+    while young.state == "running":
+        step(w)
+
+    w.finish(1)
+
+    assert names(step(w)) == [b"cat"]
+
+
+def test_dropped_image_is_encoded_again() -> None:
+    w = watched()
+    add_pictured(w, 1, [1, 2], (0, CAT))
+    plan = w.plan()
+    w.drop(10)
+
+    assert w.plan() == plan
+
+
 # ---- any order of calls ----
 
 PROMPTS = st.builds(
@@ -935,18 +1048,29 @@ class AnyOrder(RuleBasedStateMachine):
         adapter=st.sampled_from([-1, -1, -1, 0]),
         wants_prompt_logits=st.sampled_from([False, False, True]),
         encoder_ids=st.sampled_from([(), (), (1,), (1, 2, 3, 4, 5), (5,) * 9]),
+        images=st.sampled_from([(), (), ((0, CAT),), ((1, DOG), (0, CAT)), ((2, CAT), (0, CAT))]),
         num_siblings=st.sampled_from([0, 0, 2]),
     )
-    def add(self, prompt: list[int], max_tokens: int, num_siblings: int, encoder_ids: tuple[int, ...], **fields: Any) -> None:
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        num_siblings: int,
+        encoder_ids: tuple[int, ...],
+        images: tuple[tuple[int, Image], ...],
+        **fields: Any,
+    ) -> None:
         block_size = self.w.settings["block_size"]
+        encoder_ids = () if images else encoder_ids  # no model has both
         encoder_ids = encoder_ids[: (self.w.settings["num_blocks"] - 1) * block_size]
         room = (self.w.settings["num_blocks"] + -len(encoder_ids) // block_size) * block_size
-        prompt = prompt[:room]
+        prompt, placed = pictured(prompt, *images)
+        prompt, placed = (prompt, placed) if len(prompt) <= room else (prompt[:room], ())
         max_tokens = min(max_tokens, room - len(prompt) + 1)
         leader = None
         for _ in range(1 + num_siblings):
             id = min(set(range(len(self.w.live) + 1)) - set(self.w.live))  # ids are used again as soon as possible
-            add(self.w, id, prompt, max_tokens, leader=leader, encoder_ids=encoder_ids, **fields)
+            add(self.w, id, prompt, max_tokens, leader=leader, encoder_ids=encoder_ids, images=placed, **fields)
             leader = id if leader is None else leader
 
     @precondition(lambda self: self.w.live and self.w.flight is None)

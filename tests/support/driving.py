@@ -50,12 +50,24 @@ def make_scheduler(runner: Runner, **values: Any) -> Scheduler:
     return Scheduler(**{**sizes, **defaults, **values})
 
 
-def run(runner: Runner, scheduler: Scheduler, prompts: dict[int, tuple[int, ...]], num_steps: int = 64) -> dict[int, Course]:
-    """Continue each prompt by num_steps tokens, the most probable ones."""
+def run(
+    runner: Runner, scheduler: Scheduler, prompts: dict[int, tuple[int, ...]], num_steps: int = 64, *, start: int | None = None
+) -> dict[int, Course]:
+    """Continue each prompt by num_steps tokens, the most probable ones. `start`: the token that a decoder begins with whose encoder
+    reads the prompts."""
     courses = {number: Course() for number in prompts}
     for number, prompt in prompts.items():
-        salt = runner.cache_regime(len(prompt))
-        scheduler.add(Sequence(id=number, token_ids=list(prompt), prompt_length=len(prompt), max_tokens=num_steps, salt=salt))
+        tokens, encoder_ids = (prompt, ()) if start is None else ((start,), prompt)
+        scheduler.add(
+            Sequence(
+                id=number,
+                token_ids=list(tokens),
+                prompt_length=len(tokens),
+                max_tokens=num_steps,
+                salt=runner.cache_regime(len(tokens)),
+                encoder_ids=encoder_ids,
+            )
+        )
     while scheduler.has_work:
         plan = scheduler.plan()
         logits = iter(runner.forward(plan))

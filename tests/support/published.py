@@ -56,6 +56,17 @@ _STARCODER: dict[str, Any] = {
     "multi_query": True, "n_embd": 6144, "n_head": 48, "n_inner": 24576, "n_layer": 40, "n_positions": 8192,
     "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "use_cache": True, "vocab_size": 49152,
 }  # fmt: skip
+_T5 = {"architectures": ["T5ForConditionalGeneration"], "d_ff": 10240, "d_kv": 64, "d_model": 4096, "decoder_start_token_id": 0,
+       "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
+       "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64,
+       "num_layers": 24, "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32,
+       "tie_word_embeddings": False, "torch_dtype": "float32", "use_cache": True, "vocab_size": 32128}  # fmt: skip
+_LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
+          "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
+          "torch_dtype": "float16", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+          "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+                            "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+                            "vocab_size": 32000}}  # fmt: skip
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-2-7b": _LLAMA,
@@ -132,6 +143,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                  "bos_token_id": 2, "do_layer_norm_before": False, "eos_token_id": 2, "ffn_dim": 4096, "hidden_size": 1024,
                  "max_position_embeddings": 2048, "model_type": "opt", "num_attention_heads": 16, "num_hidden_layers": 24,
                  "pad_token_id": 1, "torch_dtype": "float16", "vocab_size": 50272, "word_embed_proj_dim": 512},
+    "flan-t5-xxl": {**_T5, "d_ff": 10240},
+    "ul2": {**_T5, "d_ff": 16384, "d_kv": 256, "feed_forward_proj": "gated-silu", "num_decoder_layers": 32, "num_heads": 16,
+            "num_layers": 32, "torch_dtype": "bfloat16"},
+    "llava-1.5-7b": {**_LLAVA, "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
+                     "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float16",
+                     "vocab_size": 32064}},
+    "llava-v1.6-mistral-7b": {**_LLAVA, "architectures": ["LlavaNextForConditionalGeneration"],
+                              "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+                              "model_type": "llava_next", "torch_dtype": "float16", "use_image_newline_parameter": True,
+                              "text_config": {"_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+                                              "architectures": ["MistralForCausalLM"], "intermediate_size": 14336,
+                                              "max_position_embeddings": 32768, "model_type": "mistral",
+                                              "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+                                              "sliding_window": None, "torch_dtype": "bfloat16", "vocab_size": 32064}},
     "bloom-560m": {"apply_residual_connection_post_layernorm": False, "architectures": ["BloomForCausalLM"], "bos_token_id": 1,
                    "eos_token_id": 2, "layer_norm_epsilon": 1e-05, "model_type": "bloom", "n_embed": 1024, "n_layer": 24,
                    "num_attention_heads": 16, "offset_alibi": 100, "seq_length": 2048, "skip_bias_add": True,

@@ -11,8 +11,8 @@ GARBAGE = -1
 
 
 class KeyMemory:
-    """What each slot of each block holds: the number of the exact text (salt, adapter, encoder's input, all tokens) that its key
-    stands for."""
+    """What each slot of each block holds: the number of the exact text (salt, adapter, encoder's input, all tokens and images) that
+    its key stands for."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -23,7 +23,7 @@ class KeyMemory:
         """Numbers of the sequence's first 1, 2, .. num_tokens tokens. Two texts have the same number exactly if they are equal."""
         numbers: list[int] = []
         before: Any = (sequence.salt, sequence.adapter, sequence.encoder_ids)
-        for token in sequence.token_ids[:num_tokens]:
+        for token in _contents(sequence)[:num_tokens]:
             before = self._texts.setdefault((before, token), len(self._texts))
             numbers.append(before)
         return numbers
@@ -59,6 +59,7 @@ class WatchedScheduler:
         self.ends: Counter[int] = Counter()
         self.num_added = 0
         self.flight: Plan | None = None
+        self.features: set[bytes] = set()  # of images that the ranks keep
         self._rows: list[tuple[Sequence, Chunk]] = []
         self._before: dict[int, tuple[Any, ...]] = {}
         self._counts_before: tuple[int, ...] = ()
@@ -109,7 +110,10 @@ class WatchedScheduler:
         plan, self.flight = self.flight, None
         assert plan is not None
         owners = {chunk.sequence: sequence for sequence, chunk in self._rows}
+        self._keep_features(plan)
         for encode in plan.encodes:
+            if encode.image is not None:
+                self.features.add(encode.image.digest)
             self.memory.slots.update(self.memory.encoded(owners[encode.sequence], encode.table))
         for sequence, chunk in self._rows:
             self._run(sequence, chunk)
@@ -128,8 +132,13 @@ class WatchedScheduler:
         places = [(block, slot) for encode in plan.encodes for block in encode.table for slot in range(self.memory.block_size)]
         places += [self.memory.slot(c, c.start + i) for c in plan.rows for i in range(len(c.token_ids))]
         self.memory.slots.update(dict.fromkeys(places[:num_written], GARBAGE))
+        self._keep_features(plan)
         self.scheduler.drop(plan)
         self._check_drop()
+
+    def _keep_features(self, plan: Plan) -> None:
+        assert self.features >= set(plan.features)
+        self.features = set(plan.features)
 
     def replay(self) -> list[Plan]:
         """The plans of a fresh scheduler that is told the same."""
@@ -214,11 +223,15 @@ class WatchedScheduler:
 
     def _check_encodes(self, plan: Plan, budget: int) -> None:
         """Whole inputs, each of a sequence that comes in, in order and within a budget of their own."""
-        owners = [self.live[encode.sequence] for encode in plan.encodes]
-        assert all(self._before[s.id][0] == "waiting" and s.state == "running" for s in owners)
-        assert [(e.token_ids, e.table) for e in plan.encodes] == [(s.encoder_ids, s.cross_table) for s in owners]
-        assert len(owners) == 1 or sum(len(s.encoder_ids) for s in owners) <= budget
-        assert {s.id for s in owners} <= {chunk.sequence for chunk in plan.chunks}
+        texts = [(self.live[encode.sequence], encode) for encode in plan.encodes if encode.image is None]
+        images = [encode.image for encode in plan.encodes if encode.image is not None]
+        assert all(self._before[s.id][0] == "waiting" and s.state == "running" for s, _ in texts)
+        assert [(e.token_ids, e.table) for _, e in texts] == [(s.encoder_ids, s.cross_table) for s, _ in texts]
+        assert len({*plan.features, *(image.digest for image in images)}) == len(plan.features) + len(images)
+        owners = {encode.sequence for encode in plan.encodes}
+        total = sum(len(s.encoder_ids) for s, _ in texts) + sum(image.num_tokens for image in images)
+        assert total <= budget or len(plan.encodes) == 1 or (not self.settings["chunked_prefill"] and len(owners) == 1)
+        assert owners <= {chunk.sequence for chunk in plan.chunks}
 
     def _check_victims(self) -> None:
         """Who was sent back is younger than all that ran before and still do, and nobody came in for it."""
@@ -241,6 +254,9 @@ class WatchedScheduler:
         assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end]
         assert (chunk.prompt_length, chunk.adapter) == (sequence.prompt_length, sequence.adapter)
         assert (chunk.cross_table, chunk.cross_length) == (sequence.cross_table, len(sequence.encoder_ids))
+        shown = {span.start + i: (span.digest, span.first_row + i) for span in chunk.spans for i in range(span.num_rows)}
+        contents = dict(enumerate(_contents(sequence)))
+        assert shown == {p: contents[p] for p in range(chunk.start, end) if not isinstance(contents[p], int)}
         assert end <= len(chunk.table) * self.memory.block_size
         assert wants_token(chunk) == is_whole
         assert is_whole or self.settings["chunked_prefill"] or sequence.wants_prompt_logits
@@ -261,6 +277,7 @@ class WatchedScheduler:
         """The forward of one chunk: all keys before it must be its own text's."""
         end = chunk.start + len(chunk.token_ids)
         texts = self.memory.texts(sequence, end)
+        assert self.features >= {span.digest for span in chunk.spans}
         first = self._first_seen(chunk.start)
         held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(first, chunk.start)]
         assert held == texts[first : chunk.start], f"sequence {sequence.id} reads keys that are not its own"
@@ -316,6 +333,14 @@ class WatchedScheduler:
 
 def _held(sequence: Sequence) -> tuple[int, ...]:
     return tuple(block for block in sequence.table if block >= 0)
+
+
+def _contents(sequence: Sequence) -> list[Any]:
+    """What each position stands for: a token id, or a row of an image."""
+    contents: list[Any] = list(sequence.token_ids)
+    for placed in sequence.images:
+        contents[placed.start : placed.end] = [(placed.image.digest, row) for row in range(placed.image.num_tokens)]
+    return contents
 
 
 def _standing(sequence: Sequence) -> tuple[Any, ...]:
