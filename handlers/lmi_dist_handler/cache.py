@@ -1,15 +1,22 @@
 """Where `lmi-dist demo` and `lmi-dist bench` keep the models that they make, and how a folder there is complete or absent."""
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 
 def default_cache() -> Path:
     """The user's own, the same for every project folder."""
     return Path.home() / ".cache" / "lmi-dist"
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Handler of a signal: end as by sys.exit, so that what was begun is cleared away."""
+    sys.exit(128 + number)
 
 
 @contextmanager

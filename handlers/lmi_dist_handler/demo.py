@@ -16,12 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lmi_dist import LmiError
 from lmi_dist_handler import cli, properties
-from lmi_dist_handler.cache import default_cache
+from lmi_dist_handler.cache import default_cache, leave
 from lmi_dist_handler.server import bind
 from lmi_dist_handler.settings import ServerSettings
 
@@ -29,6 +28,7 @@ PROMPT = "Return the"
 PARAMETERS = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 7}
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses to listen at, and where to find them
 READY_TIMEOUT_S = 600.0
+CLEAN_UP_S = 10.0
 READ_TIMEOUT_S = 120.0  # between two pieces of the answer
 TRAINER = ("demo_model.py", "demo_text.py")
 
@@ -81,18 +81,27 @@ def _digest(recipe: str) -> str:
 
 def _train(folder: Path, recipe: str) -> None:
     """Raises DemoError when the training ends badly."""
-    usual = signal.signal(signal.SIGTERM, _leave)  # so that the training does not outlive us
+    usual = signal.signal(signal.SIGTERM, leave)
     command = [sys.executable, "-m", "lmi_dist_handler.demo_model", str(folder), "--recipe", recipe]
-    try:  # torch's threads spin a while for each other: 30 steps took 3.2 s so, 8.2 s when they slept at once (one run each, idle)
-        done = subprocess.run(["env", "GOMP_SPINCOUNT=100000", *command], check=False)
+    # torch's threads spin a while for each other: 30 steps took 3.2 s so, 8.2 s when they slept at once (one run each, idle)
+    training = subprocess.Popen(["env", "GOMP_SPINCOUNT=100000", *command])
+    try:
+        status = training.wait()
     finally:
+        _end(training)
         signal.signal(signal.SIGTERM, usual)
-    if done.returncode:
-        raise DemoError(f"the training of the demo model ended with exit status {done.returncode}; its output is above")
+    if status:
+        raise DemoError(f"the training of the demo model ended with exit status {status}; its output is above")
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+def _end(training: "subprocess.Popen[bytes]") -> None:
+    """The training does not outlive us, and gets a while to remove what it has begun to write."""
+    training.terminate()
+    try:
+        training.wait(CLEAN_UP_S)
+    except subprocess.TimeoutExpired:
+        training.kill()
+        training.wait()
 
 
 def _present(server: ServerSettings, folder: Path) -> None:

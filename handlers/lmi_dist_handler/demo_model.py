@@ -6,6 +6,7 @@ The folder appears when everything in it is complete, so a training that was int
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lmi_dist_handler.cache import complete_folder
+from lmi_dist_handler.cache import complete_folder, leave
 from lmi_dist_handler.demo_text import BOS, CHAT_TEMPLATE, EOS, bigram_loss, documents, encode, split, train_tokenizer
 
 
@@ -184,6 +185,7 @@ def _say(line: str) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, leave)
     transformers_logging.disable_progress_bar()  # saving takes no time
     parser = argparse.ArgumentParser(description="train the demo's model")
     parser.add_argument("folder", type=Path, help="where the checkpoint goes; must not exist")

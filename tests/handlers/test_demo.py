@@ -139,6 +139,17 @@ def test_failed_training_is_told(tmp_path, monkeypatch):
         demo.trained_model(tmp_path, "{}")
 
 
+def test_ended_training_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "lmi_dist_handler.cli", "demo", "--cache", tmp_path, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        read_until(process, "reading the docstrings")
+        (begun,) = tmp_path.glob("*/.unfinished-*")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+    assert not begun.exists()
+
+
 def test_demo_trains_serves_and_answers(tmp_path):
     """The whole command, with a model of 3 steps."""
     with socket.create_server(("127.0.0.1", 0)) as free:
