@@ -228,3 +228,101 @@ def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, de
 @pytest.mark.parametrize("form", ["json", "jsonlines", "none"])
 def test_first_version_lets_the_option_choose_the_form(form: str, degree: int, model: Model, start: Any) -> None:
     serve(start(VERSIONS[0], degree, output_formatter=form), mixed(model, (), fixed=form))
+
+
+def told(host: DjlHost, prompt: str = PROMPTS[0]) -> str:
+    """The whole answer to one greedy request."""
+    client = Client.of(inputs=prompt, parameters=GREEDY)
+    host.roll([client])
+    return str(client.json["generated_text"])
+
+
+@pytest.mark.parametrize(("degree", "num_ranks"), [("1", 1), ("2", 2), ("max", 1)])
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[4]], ids=str)
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_seeds_configuration_starts(
+    source: str, version: Version, degree: str, num_ranks: int, model: Model, python: list[str]
+) -> None:
+    properties = {
+        "option.tensor_parallel_degree": degree, "option.rolling_batch": "lmi-dist", "option.model_id": str(model.folder),
+        "option.max_rolling_batch_prefill_tokens": "4096",
+    }  # fmt: skip
+    if source == "file":  # with SERVING_LOAD_MODELS=test::MPI=… there is no such property (contract 3.5)
+        properties["engine"] = "MPI"
+
+    with DjlHost(version, properties, degree=num_ranks, python=python, environment={"CUDA_VISIBLE_DEVICES": ""}) as host:
+        client = Client.of(inputs=PROMPTS[0], parameters={**GREEDY, "details": True})
+        host.roll([client])
+
+    assert client.status == 200
+    assert client.json["details"]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_without_rolling_batch_a_call_is_answered_whole(degree: int, model: Model, start: Any) -> None:
+    truths = [model.truth(prompt, {"temperature": 0.0}).text for prompt in PROMPTS[:3]]
+    clients = [Client.of(inputs=prompt, parameters=GREEDY) for prompt in PROMPTS[:3]]
+    with start(VERSIONS[3], degree, rolling_batch="disable") as host:
+        single = host.ask(clients[0])
+        answers_alike(host)
+        listed = host.ask(Client.of(inputs=list(PROMPTS[:3]), parameters=GREEDY))
+        merged = host.merge([*clients, Client.of(inputs="x", parameters={"top_p": 2})])
+        answers_alike(host)
+        chat = host.ask(Client.of(messages=[{"role": "user", "content": "hi"}]))
+
+    assert (single.code, single.properties["Content-Type"]) == (200, "application/json")
+    assert json.loads(single.content[0][1]) == [{"generated_text": truths[0]}]
+    assert json.loads(listed.content[0][1]) == [{"generated_text": text} for text in truths]
+    assert [json.loads(answer) for answer in merged[:3]] == [[{"generated_text": text}] for text in truths]
+    assert "parameters.top_p=2 is refused" in json.loads(merged[3])["error"]
+    assert (chat.code, chat.message) == (424, "prediction failure")
+    assert b"You must enable rolling batch to use the chat completions format." in chat.content[0][1]
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_enable_streaming_answers_in_frames(degree: int, model: Model, start: Any) -> None:
+    truth = model.truth(PROMPTS[0], {"temperature": 0.0}).text
+    with start(VERSIONS[2], degree, rolling_batch="disable", enable_streaming="true") as host:
+        reply = host.ask(Client.of(inputs=PROMPTS[0], parameters=GREEDY))
+        answers_alike(host)
+        refused = host.ask(Client(b"{", {"Content-Type": "application/json"}))
+
+    assert (reply.is_stream, reply.properties["Content-Type"]) == (True, "application/jsonlines")
+    assert reply.frames[-1] == b""
+    lines = [json.loads(line)["outputs"] for line in b"".join(reply.frames).decode().splitlines()]
+    assert "".join(text for (text,) in lines) == truth
+    assert (refused.code, refused.is_stream) == (424, False)
+
+
+def test_streaming_of_merged_requests_is_refused_in_djls_words(model: Model, python: list[str]) -> None:
+    properties = {"option.rolling_batch": "disable", "option.enable_streaming": "true", "batch_size": "4", "engine": "Python"}
+    host = DjlHost(VERSIONS[3], {**properties, "option.model_id": str(model.folder)}, python=python)
+    host.start()
+
+    reply = host.load()
+    host.stop()
+
+    assert (reply.code, reply.message) == (424, "We cannot enable streaming for dynamic batching")
+
+
+def test_bad_habits_of_the_host_hurt_nobody(model: Model, start: Any) -> None:
+    truth = model.truth(PROMPTS[0], {"temperature": 0.0}).text
+    with start(VERSIONS[3], 2) as host:
+        host.batch = [Client.of(inputs=prompt, parameters={**GREEDY, "max_new_tokens": 200}) for prompt in PROMPTS]
+        host.step()
+        host.step(resend=True)
+        assert [client.is_over for client in host.batch] == [False] * len(PROMPTS)
+        host.forget()
+
+        assert told(host) == truth
+        many = [Client.of(inputs=PROMPTS[0], parameters=GREEDY) for _ in range(999)]
+        host.roll(many, limit=999, on_step=lambda: answers_alike(host))
+        assert {client.json["generated_text"] for client in many} == {truth}
+
+        host.kill()  # mpirun alone; then the connections
+        host.disconnect()
+        host.kill_dangling()
+        host.start()
+        assert host.load().code == 204
+        host.must_reset = True
+        assert told(host) == truth
