@@ -326,3 +326,21 @@ def test_bad_habits_of_the_host_hurt_nobody(model: Model, start: Any) -> None:
         assert host.load().code == 204
         host.must_reset = True
         assert told(host) == truth
+
+
+def test_python_engine_starts_its_own_ranks(model: Model, python: list[str]) -> None:
+    properties = {
+        "engine": "Python", "option.tensor_parallel_degree": "2", "option.rolling_batch": "lmi-dist", "option.dtype": "fp32",
+        "option.model_id": str(model.folder), "option.cpu_threads": "1",
+    }  # fmt: skip
+    wanted = mixed(model, (), fixed="json")
+
+    with DjlHost(VERSIONS[0], properties, degree=2, python=python) as host:
+        host.roll([one.client for one in wanted])
+        single = host.ask(Client.of(inputs=PROMPTS[0], parameters=GREEDY))
+        ranks = [line for line in host.lines if "Python engine started" in line]
+
+    for one in wanted:
+        check(host.version, one)
+    assert json.loads(single.content[0][1]) == [{"generated_text": model.truth(PROMPTS[0], {"temperature": 0.0}).text}]
+    assert len(ranks) == 3, "of this process and its two ranks"
