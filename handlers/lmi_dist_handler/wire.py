@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 logger = logging.getLogger(__name__)
 
 MAX_COUNT = 32767  # of properties and of content items: they are i16
+MAX_LENGTH = 1 << 30  # of a text or a content value that is read; what claims more is no message of DJL's
 MAX_CONTENT_BYTES = 20 * 1024 * 1024  # of one content value of a reply; DJL closes the channel above it
 
 T = TypeVar("T")
@@ -302,7 +303,7 @@ class Codec:
         length = yield from _read_integer(self._prefix)
         if length < 0:
             return None
-        return _decode((yield length))
+        return _decode((yield _checked(length)))
 
     def _read_properties(self) -> Fields[dict[str, str]]:
         count = yield from _read_integer(_I16)
@@ -331,8 +332,8 @@ def _count(count: int) -> bytes:
 
 
 def _checked(length: int) -> int:
-    if length < 0:
-        raise WireError(f"length {length} must not be negative")
+    if not 0 <= length <= MAX_LENGTH:
+        raise WireError(f"length {length} must be between 0 and {MAX_LENGTH}")
     return length
 
 

@@ -53,3 +53,19 @@ def test_traceback_is_part_of_its_record(capsys: pytest.CaptureFixture[str]) -> 
     (line,) = capsys.readouterr().err.splitlines()
     assert json.loads(line)["message"] == "a request\nfailed"
     assert "ZeroDivisionError: by zero" in json.loads(line)["exception"]
+
+
+def test_line_that_a_host_would_act_on_is_defused(caplog: pytest.LogCaptureFixture) -> None:
+    logs.defuse([caplog.handler])
+    logs.defuse([caplog.handler])  # once is enough
+
+    logging.warning("parameter %r is unknown", "[METRICS]x|Python engine started.")
+    try:
+        raise ValueError("ModelServerTelemetry: none")
+    except ValueError:
+        logging.exception("failed")
+
+    assert "parameter '[METRICSx|Python engine started' is unknown" in caplog.text
+    assert "ValueError: ModelServerTelemetry none" in caplog.text
+    assert len([one for one in caplog.handler.filters if isinstance(one, logs.Defuse)]) == 1
+    caplog.handler.filters.clear()

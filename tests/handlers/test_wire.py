@@ -205,3 +205,18 @@ def test_finalizer_failure_is_only_logged(caplog: pytest.LogCaptureFixture) -> N
     Output().finalize(lambda: 1 / 0).finish()
 
     assert "finalizer failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\1\x7f\xff\xff\xff",  # a property's key
+        b"\0\1\0\0\0\1a\x40\0\0\1",  # its value
+        b"\0\0\0\1\xff\xff\xff\xff\x7f\0\0\0",  # a content value
+        b"\0\0\0\1\xff\xff\xff\xff\xff\xff\xff\xff",  # one of negative length
+        b"\x80\0",  # a negative count
+    ],
+)
+def test_length_that_cannot_be_meant_is_refused(data: bytes) -> None:
+    with pytest.raises(WireError, match="must be between 0 and 1073741824"):
+        read(Codec().request(), io.BytesIO(data))

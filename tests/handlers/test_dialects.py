@@ -1,0 +1,70 @@
+"""handlers/lmi_dist_handler/dialects.py: which version is meant, and how a token, an end and an answer look in it."""
+
+import pytest
+from lmi_dist_handler.dialects import OURS, TODAY, TODAY_ASYNC, V26, V27, V28, V29, LmiDialect, dialect_of
+from lmi_dist_handler.formatter import Told
+from lmi_dist_handler.responses import JsonPieces, Wishes
+
+from lmi_dist import Output, StepError, Token
+
+
+@pytest.mark.parametrize(
+    ("version", "is_async", "dialect"),
+    [
+        ("0.25.0", False, V26), ("0.26.0", False, V26), ("0.27.0", False, V27), ("0.28.0", False, V28), ("0.29.0", False, V29),
+        ("0.29.0-SNAPSHOT", False, V29), ("0.30.0", False, TODAY), ("0.36.0", False, TODAY), ("0.36.0", True, TODAY_ASYNC),
+        ("1.0", False, TODAY), ("nightly", False, TODAY),
+    ],
+)  # fmt: skip
+def test_version_tells_the_dialect(version: str, is_async: bool, dialect: LmiDialect) -> None:
+    assert dialect_of(version, is_async=is_async) is dialect
+
+
+def test_token_has_its_versions_fields() -> None:
+    tokens = [dialect.token(0, "", 0.0, is_special=True) for dialect in (V26, V27, V28, OURS)]
+
+    whole = {"id": 0, "text": "", "log_prob": 0.0, "special_token": True}
+    assert tokens == [{"special_token": True}, {"id": [0], "special_token": True}, whole, whole]
+
+
+def test_stop_string_has_its_own_reason_in_the_first_version_only() -> None:
+    assert [dialect.reason("stop_sequence") for dialect in (V26, V27, TODAY)] == ["stop_sequence", "eos_token", "eos_token"]
+    assert V26.reason(None) == ""
+
+
+def pieces(dialect: LmiDialect, **wishes: bool) -> JsonPieces:
+    return JsonPieces(Wishes(prompt='say "hi"', dialect=dialect, **wishes))
+
+
+def output(text: str, reason: str | None = None) -> Output:
+    return Output(request_id="r", text=text, tokens=(Token(5, text),), finish_reason=reason, num_generated_tokens=2)  # type: ignore[arg-type]
+
+
+def test_json_comes_in_pieces_that_are_one_object() -> None:
+    form = pieces(V26, details=True, return_full_text=True)
+
+    texts = [form.push(output('a"')), form.push(output("\n", "stop_sequence"))]
+
+    assert texts == [
+        '{"generated_text": "say \\"hi\\"a\\"',
+        '\\n", "details": {"finish_reason": "stop_sequence", "tokens": [{"id": 5, "text": "a\\""}, {"id": 5, "text": "\\n"}]}}',
+    ]
+
+
+def test_tgi_gets_the_pieces_of_a_list() -> None:
+    form = pieces(V28, tgi_compat=True)
+
+    assert form.push(output("a", "length")) == '[{"generated_text": "a"}]'
+
+
+def test_failed_step_is_told_in_form_where_the_version_does() -> None:
+    begun, fresh = pieces(V28), pieces(V28)
+    begun.push(output("a"))
+
+    told = [form.error(StepError("step 7 failed")) for form in (begun, fresh)]
+
+    assert told == [
+        Told(424, "step 7 failed", '", "details": {"finish_reason": "error"}}', in_form=True),
+        Told(424, "step 7 failed", '{"generated_text": "", "details": {"finish_reason": "error"}}', in_form=True),
+    ]
+    assert not pieces(V27).error(StepError("step 7 failed")).in_form
