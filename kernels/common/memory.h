@@ -5,7 +5,7 @@
 namespace lmi {
 
 /* What scratch is for; each purpose has a piece of its own in each thread. */
-enum class Purpose { kInputs, kSums, kCount };
+enum class Purpose { kInputs, kSums, kTile, kParts, kCount };
 
 /* num floats on a cache line, uninitialised, this thread's until it asks again for the same purpose. Kept, since memory fresh from the
  * system costs more to touch than a linear does to compute. Throws std::bad_alloc. */

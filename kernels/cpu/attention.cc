@@ -1,10 +1,10 @@
 /* Attention over blocks, for prefill and decode alike. Who owns what: a unit is up to 64 rows (a row is one query in one head) of
- * one sequence and one key head; it walks over the tiles of 64 keys that any of its rows sees, turns a tile's keys and values
- * into floats once for all of them, and keeps an online softmax per row. A split of 512 keys starts its softmax anew; splits are
- * merged in ascending order. A row's bits depend only on its query and on the keys it sees: each product is added to its own
- * sum in the order of d or of j, four rows side by side in registers or one alone, and a key that a row does not see is not
- * added at all. Where there are few units, each split is a job of its own and the merge follows. Bound by arithmetic in prefill,
- * by the reading of the cache in decode. */
+ * one sequence and one key head; it walks over the tiles of 64 keys that any of its rows sees, rewrites a tile's keys and values once
+ * for all of them (as floats or, at levels with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512
+ * keys starts its softmax anew; splits are merged in ascending order. A row's bits depend only on its query and on the keys it sees:
+ * each product is added to its own sum in the order of d or of j, four rows side by side in registers or one alone, and a key that a
+ * row does not see is not added at all. Where there are few units, each split is a job of its own and the merge follows. Bound by
+ * arithmetic in prefill, by the reading of the cache in decode. */
 #include <atomic>
 
 #include "cpu/attention_tile.h"
@@ -15,26 +15,38 @@ namespace {
 constexpr int64_t kUnitsAThread = 4;       /* with fewer, splits are jobs of their own */
 constexpr int64_t kWorthAThread = 1 << 16; /* products, about 5 us */
 
-void read_queries(const Problem &problem, const Unit &unit, Scratch &scratch) {
+template <class Numbers>
+void read_queries(const Problem &problem, const Unit &unit, Scratch<Numbers> &scratch) {
   const lmi_tensor &q = problem.args.q;
   for (int64_t row = 0; row < unit.rows; ++row) {
-    const int64_t token = problem.start(unit.sequence) + query_of(problem, unit, row);
-    read_floats(at(q, token, head_of(problem, unit, row)), q.dtype, problem.size, scratch.queries + row * problem.size);
+    const int64_t query = query_of(problem, unit, row), head = head_of(problem, unit, row);
+    scratch.about[row] = {head, problem.position(unit.sequence, query), problem.seen(unit.sequence, query)};
+    const void *from = at(q, problem.start(unit.sequence) + query, head);
+    Numbers::read_query(from, q.dtype, problem.size, scratch.queries + row * scratch.row_words);
   }
 }
 
 /* One split of a unit, from nothing. */
-void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scratch &scratch, States states) {
+template <class Numbers>
+void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scratch<Numbers> &scratch, States states) {
   states.clear(unit.rows, problem.padded);
   const Range needed = seen_by_unit(problem, unit), keys = common(needed, {split * kSplit, (split + 1) * kSplit});
-  for (int64_t tile = keys.first / kTile * kTile; tile < keys.last; tile += kTile) {
-    read_keys(problem, unit, tile, needed, scratch);
-    read_values(problem, unit, tile, needed, scratch);
+  const auto rows_of = [&](const lmi_tensor &cache, int64_t tile) { return TileRows(problem, cache, unit, tile, needed); };
+  const int64_t first = keys.first / kTile * kTile, row_bytes = problem.size * bytes_of(problem.args.q.dtype);
+  TileRows key_rows = rows_of(problem.args.k_cache, first), value_rows = rows_of(problem.args.v_cache, first);
+  for (int64_t tile = first; tile < keys.last; tile += kTile) {
+    const TileRows next_keys = rows_of(problem.args.k_cache, tile + kTile), next_values = rows_of(problem.args.v_cache, tile + kTile);
+    next_keys.prefetch(row_bytes);
+    Numbers::read_keys(problem, key_rows, scratch);
+    next_values.prefetch(row_bytes);
+    Numbers::read_values(problem, value_rows, scratch);
+    key_rows = next_keys;
+    value_rows = next_values;
     int64_t row = 0;
     for (; row + kRegisterRows <= unit.rows; row += kRegisterRows) {
-      attend_rows<kRegisterRows>(problem, unit, row, tile, scratch, states);
+      attend_rows<Numbers, kRegisterRows>(problem, row, tile, scratch, states);
     }
-    for (; row < unit.rows; ++row) attend_rows<1>(problem, unit, row, tile, scratch, states);
+    for (; row < unit.rows; ++row) attend_rows<Numbers, 1>(problem, row, tile, scratch, states);
   }
 }
 
@@ -71,19 +83,20 @@ Work cut(const Problem &problem) {
 }
 
 /* fn(job, scratch) for each job, the last one first, as threads become free: which thread does it changes no bits. */
-template <class Function>
+template <class Numbers, class Function>
 void share_out(const Problem &problem, const Work &work, size_t num_jobs, Function fn) {
   const int64_t jobs = static_cast<int64_t>(num_jobs);
   const bool is_small = work.num_pairs * problem.padded < kWorthAThread;
   std::atomic<int64_t> left{jobs};
   parallel_for(is_small ? 1 : std::min<int64_t>(num_threads(), jobs), 1, [&](int64_t, int64_t) {
-    Scratch scratch(problem, work.unit_rows);
+    Scratch<Numbers> scratch(problem, work.unit_rows);
     for (int64_t job = --left; job >= 0; job = --left) fn(static_cast<size_t>(job), scratch);
   });
 }
 
+template <class Numbers>
 void attend_units(const Problem &problem, const Work &work) {
-  share_out(problem, work, work.units.size(), [&](size_t job, Scratch &scratch) {
+  share_out<Numbers>(problem, work, work.units.size(), [&](size_t job, Scratch<Numbers> &scratch) {
     const Unit &unit = work.units[job];
     States total(scratch.total, work.unit_rows), part(scratch.part, work.unit_rows);
     total.clear(unit.rows, problem.padded);
@@ -111,12 +124,13 @@ std::vector<SplitJob> cut_splits(const Problem &problem, const Work &work) {
   return jobs;
 }
 
+template <class Numbers>
 void attend_splits(const Problem &problem, const Work &work) {
   const std::vector<SplitJob> jobs = cut_splits(problem, work);
   const int64_t floats = States::floats(work.unit_rows, problem.padded);
-  Floats memory(floats * static_cast<int64_t>(jobs.size()));
+  float *memory = kept_floats(Purpose::kParts, floats * static_cast<int64_t>(jobs.size()));
   const auto states_of = [&](size_t job) { return States(memory + static_cast<int64_t>(job) * floats, work.unit_rows); };
-  share_out(problem, work, jobs.size(), [&](size_t job, Scratch &scratch) {
+  share_out<Numbers>(problem, work, jobs.size(), [&](size_t job, Scratch<Numbers> &scratch) {
     const Unit &unit = work.units[jobs[job].unit];
     read_queries(problem, unit, scratch);
     attend_split(problem, unit, jobs[job].split, scratch, states_of(job));
@@ -131,13 +145,21 @@ void attend_splits(const Problem &problem, const Work &work) {
   }
 }
 
+template <class Numbers>
+void attend(const Problem &problem) {
+  const Work work = cut(problem);
+  const bool is_few = static_cast<int64_t>(work.units.size()) < kUnitsAThread * num_threads();
+  (is_few ? attend_splits<Numbers> : attend_units<Numbers>)(problem, work);
+}
+
 }  // namespace
 
 void attention(const lmi_attention_args &args) {
   const Problem problem = problem_of(args);
-  const Work work = cut(problem);
-  const bool is_few = static_cast<int64_t>(work.units.size()) < kUnitsAThread * num_threads();
-  (is_few ? attend_splits : attend_units)(problem, work);
+#if defined(__AVX512BF16__)
+  if (args.q.dtype == LMI_BF16) return attend<PairNumbers>(problem);
+#endif
+  attend<FloatNumbers>(problem);
 }
 
 }  // namespace lmi::LMI_LEVEL

@@ -96,7 +96,8 @@ LMI_API lmi_status lmi_rotary(const lmi_rotary_args *args, lmi_stream stream);
  *   key j counts if (causal == 0 or j <= p) and (window == 0 or p - window < j); out[i,h,:] = sum_j softmax(s)[j] v[j,g,:]
  * out, q: [T,H,D]; D a multiple of 8 up to 256; caches [N,K,P,D], of q's dtype; starts: I32 [B+1]; key_lengths: I32 [B];
  * tables: I32 [B,max_blocks], entries before the window may be negative. Keys are taken in tiles of 64 and splits of 512 that
- * are merged in ascending order. Cross attention: causal 0, a table and lengths of the encoder's own. A row without keys gives 0.
+ * are merged in ascending order. Where the processor multiplies BF16, softmax's weights are rounded to BF16 first. Cross attention:
+ * causal 0, a table and lengths of the encoder's own. A row without keys gives 0.
  * At least 2 buckets (causal 0: 4), max_distance above the number of buckets for exact distances, half of a direction's. */
 typedef struct {
   lmi_tensor out, q, k_cache, v_cache, starts, key_lengths, tables, alibi, relative_bias;

@@ -1,0 +1,174 @@
+/* Of attention.cc: queries, keys, values and weights as floats, for every dtype at every level.
+ *
+ * What attention_tile.h expects of a kind of numbers (FloatNumbers, PairNumbers): a Word holds kTogether of them, and, with `padded` for
+ * D filled up to a multiple of kPad,
+ *   queries  [rows][padded / kTogether]     keys     [D / kTogether][64], transposed
+ *   values   [64 / kTogether][padded]       weights  [4][64 / kTogether]
+ *   read_query, read_keys, read_values      fill these; keys that are not there become 0, values anything: no row sees them
+ *   max_of(scores, max)                     the greatest of a row's scores and max
+ *   weigh(scores, max, weights)             weights := exp(scores - max), scores are scratch; gives their sum
+ *   score_rows<Rows>   scores[r,j] = sum_d queries[r,d] keys[d,j]                  d ascending
+ *   add_values<Rows>   sums[r,:] += sum_j weights[r,j] values[j,:]                 j ascending in a range of keys
+ *   whole(keys)        the part of a range that several rows may add together */
+#pragma once
+#include "cpu/attention_scratch.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+constexpr int kSquare = kLanes < 8 ? kLanes : 8;
+typedef float Line __attribute__((vector_size(4 * kSquare)));
+typedef int32_t Pattern __attribute__((vector_size(4 * kSquare)));
+
+/* Element i is element pattern[i] of a followed by b. */
+inline Line shuffle(Line a, Line b, Pattern pattern) {
+#if defined(__clang__)
+  Line out;
+  for (int i = 0; i < kSquare; ++i) out[i] = pattern[i] < kSquare ? a[pattern[i]] : b[pattern[i] - kSquare];
+  return out;
+#else
+  return __builtin_shuffle(a, b, pattern);
+#endif
+}
+
+/* to[i * to_stride + j] = from[j * from_stride + i] for i, j < kSquare: squares of 1, 2, 4 change places across the diagonal. In
+ * registers, since element by element it would take longer than the arithmetic of a decode. */
+inline void transpose(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+  Line lines[kSquare];
+  for (int i = 0; i < kSquare; ++i) std::memcpy(&lines[i], from + i * from_stride, sizeof(Line));
+#pragma GCC unroll 4
+  for (int width = 1; width < kSquare; width *= 2) {
+    Pattern upper = {}, lower = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kSquare; ++i) {
+      upper[i] = i & width ? kSquare + i - width : i;
+      lower[i] = i & width ? kSquare + i : i + width;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSquare; ++i) {
+      if (i & width) continue;
+      const Line a = lines[i], b = lines[i + width];
+      lines[i] = shuffle(a, b, upper);
+      lines[i + width] = shuffle(a, b, lower);
+    }
+  }
+  for (int i = 0; i < kSquare; ++i) std::memcpy(to + i * to_stride, &lines[i], sizeof(Line));
+}
+
+/* Two registers of each row's sums: with four rows, what every level has room for. */
+template <int Rows>
+struct Sums {
+  Vector of[Rows][2];
+
+  /* of[r] += factors[r * stride] * numbers */
+  void add(const float *factors, int64_t stride, const float *numbers) {
+    const Vector left = load(numbers), right = load(numbers + kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      of[r][0] += factors[r * stride] * left;
+      of[r][1] += factors[r * stride] * right;
+    }
+  }
+
+  void read(const float *from, int64_t stride) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      of[r][0] = load(from + r * stride);
+      of[r][1] = load(from + r * stride + kLanes);
+    }
+  }
+
+  void write(float *to, int64_t stride) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      store(to + r * stride, of[r][0]);
+      store(to + r * stride + kLanes, of[r][1]);
+    }
+  }
+};
+
+constexpr int kSumLanes = 16; /* partial sums of a tile's weights, the same number at every level */
+
+/* Sum of a tile's weights in an order of its own, the same at every level. */
+float sum_of(const float *weights) {
+  float sums[kSumLanes] = {};
+  for (int j = 0; j < kTile; j += kSumLanes) {
+    for (int lane = 0; lane < kSumLanes; ++lane) sums[lane] += weights[j + lane];
+  }
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+struct FloatNumbers {
+  using Word = float;
+  static constexpr int kTogether = 1;
+  static constexpr int64_t kFew = kSquare;
+
+  static void read_query(const void *q, int32_t dtype, int64_t size, float *to) { read_floats(q, dtype, size, to); }
+
+  static void read_keys(const Problem &problem, const TileRows &rows, Scratch<FloatNumbers> &scratch) {
+    for (int64_t j = 0; j < kTile; j += kSquare) {
+      for (int64_t i = 0; i < kSquare; ++i) {
+        float *row = scratch.few + i * problem.padded;
+        if (rows.of[j + i]) read_floats(rows.of[j + i], problem.args.k_cache.dtype, problem.size, row);
+        else std::fill_n(row, problem.size, 0.0f);
+      }
+      for (int64_t d = 0; d < problem.size; d += kSquare) {
+        transpose(scratch.few + d, problem.padded, scratch.keys + d * kTile + j, kTile);
+      }
+    }
+  }
+
+  static void read_values(const Problem &problem, const TileRows &rows, Scratch<FloatNumbers> &scratch) {
+    for (int64_t j = 0; j < kTile; ++j) {
+      if (!rows.of[j]) continue;
+      float *row = scratch.values + j * problem.padded;
+      read_floats(rows.of[j], problem.args.v_cache.dtype, problem.size, row);
+      std::fill(row + problem.size, row + problem.padded, 0.0f);
+    }
+  }
+
+  /* The greatest of the scores and `max`; a NaN is none. */
+  static float max_of(const float *scores, float max) {
+    float maxima[kSumLanes];
+    for (int lane = 0; lane < kSumLanes; ++lane) maxima[lane] = max;
+    for (int j = 0; j < kTile; j += kSumLanes) {
+      for (int lane = 0; lane < kSumLanes; ++lane) maxima[lane] = scores[j + lane] > maxima[lane] ? scores[j + lane] : maxima[lane];
+    }
+    for (int half = kSumLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) maxima[lane] = maxima[lane + half] > maxima[lane] ? maxima[lane + half] : maxima[lane];
+    }
+    return maxima[0];
+  }
+
+  static float weigh(const float *scores, float max, float *weights) {
+    for (int j = 0; j < kTile; ++j) weights[j] = exp_of(scores[j] - max);
+    return sum_of(weights);
+  }
+
+  static Range whole(Range keys) { return keys; }
+
+  template <int Rows>
+  static void score_rows(const float *queries, int64_t row_words, int64_t size, const float *keys, float *scores) {
+    for (int64_t j = 0; j < kTile; j += 2 * kLanes) {
+      Sums<Rows> sums = {};
+      for (int64_t d = 0; d < size; ++d) sums.add(queries + d, row_words, keys + d * kTile + j);
+      sums.write(scores + j, kTile);
+    }
+  }
+
+  template <int Rows>
+  static void add_values(const float *weights, const float *values, int64_t padded, Range keys, float *so_far) {
+    for (int64_t d = 0; d < padded; d += 2 * kLanes) {
+      Sums<Rows> sums;
+      sums.read(so_far + d, padded);
+      for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, values + j * padded + d);
+      sums.write(so_far + d, padded);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lmi::LMI_LEVEL

@@ -1,0 +1,187 @@
+/* Of attention.cc: bf16 by AVX-512's dot products of two. A Word holds two numbers that are added one after the other: of d in queries
+ * and keys, of two keys in weights and values. Weights are rounded to bf16 before they are used and summed. */
+#pragma once
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+#include "cpu/attention_scratch.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+/* Lanes change places with registers: r[i][j] becomes r[j][i]. */
+inline void transpose_words(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) { /* r[i + k]: of registers i to i + 3, lanes k, k + 4, k + 8, k + 12 */
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const __m512i even_low = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), even_high = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd), odd_high = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
+    t[k] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    t[k + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    t[k + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    t[k + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+/* The first `num` 16-bit numbers of 32; the others, which may not be there, 0. */
+inline __m512i load_halves(const char *from, int64_t num) {
+  const __mmask32 mask = num >= 32 ? ~0u : (1u << num) - 1;
+  return from ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
+}
+
+struct PairNumbers {
+  using Word = uint32_t;
+  static constexpr int kTogether = 2;
+  static constexpr int64_t kFew = 0;
+
+  static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) { std::memcpy(to, q, static_cast<size_t>(2 * size)); }
+
+  static void read_keys(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
+    for (int64_t d = 0; d < problem.size; d += 32) {
+      for (int64_t j = 0; j < kTile; j += 16) {
+        __m512i words[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) words[i] = load_halves(rows.of[j + i] ? rows.of[j + i] + 2 * d : nullptr, problem.size - d);
+        transpose_words(words);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scratch.keys + (d / 2 + i) * kTile + j, words[i]);
+      }
+    }
+  }
+
+  static void read_values(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
+    alignas(64) uint16_t order[64]; /* of a pair of rows: number 0 of both, number 1 of both, and so on */
+    for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    const __m512i left = _mm512_load_si512(order), right = _mm512_load_si512(order + 32);
+    for (int64_t j = 0; j < kTile; j += 2) {
+      uint32_t *to = scratch.values + j / 2 * problem.padded;
+      for (int64_t d = 0; d < problem.size; d += 32) {
+        const __m512i first = load_halves(rows.of[j] ? rows.of[j] + 2 * d : nullptr, problem.size - d);
+        const __m512i second = load_halves(rows.of[j + 1] ? rows.of[j + 1] + 2 * d : nullptr, problem.size - d);
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, left, second));
+        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(first, right, second));
+      }
+    }
+  }
+
+  static float max_of(const float *scores, float max) {
+    const __m512 lower = _mm512_max_ps(_mm512_loadu_ps(scores), _mm512_loadu_ps(scores + 16));
+    const __m512 upper = _mm512_max_ps(_mm512_loadu_ps(scores + 32), _mm512_loadu_ps(scores + 48));
+    return std::max(max, _mm512_reduce_max_ps(_mm512_max_ps(lower, upper)));
+  }
+
+  /* Sums what the weights are after rounding, so that the mean of equal values is that value. */
+  static float weigh(const float *scores, float max, uint32_t *weights) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < kTile; j += 32) {
+      const __m512 first = exp_from(scores + j, max), second = exp_from(scores + j + 16, max);
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(second, first);
+      _mm512_storeu_si512(weights + j / 2, (__m512i)pairs);
+      sum = _mm512_dpbf16_ps(sum, pairs, (__m512bh)_mm512_set1_epi16(0x3f80)); /* times 1 */
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
+  static Range whole(Range keys) { return {(keys.first + 1) / 2 * 2, keys.last / 2 * 2}; }
+
+  template <int Rows>
+  static void score_rows(const uint32_t *queries, int64_t row_words, int64_t size, const uint32_t *keys, float *scores) {
+    __m512 sums[Rows][4] = {};
+    for (int64_t word = 0; word < size / 2; ++word, keys += kTile) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const __m512bh query = broadcast(queries[r * row_words + word]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], query, load_pairs(keys + 16 * i));
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(scores + r * kTile + 16 * i, sums[r][i]);
+    }
+  }
+
+  /* A pair of which only one key is in the range has 0 for the other's values: they may be infinite. */
+  template <int Rows>
+  static void add_values(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far) {
+    if (keys.is_empty()) return;
+    const Range pairs = {(keys.first + 1) / 2, keys.last / 2};
+    for (int64_t d = 0; d < padded; d += 32) {
+      Lines<Rows> lines(so_far + d, padded);
+      if (keys.first % 2) lines.add(weights, values + d, padded, keys.first / 2, 0xffff0000u);
+      for (int64_t pair = pairs.first; pair < pairs.last; ++pair) lines.add(weights, values + d, padded, pair, ~0u);
+      if (keys.last % 2 && keys.last / 2 >= pairs.first) lines.add(weights, values + d, padded, keys.last / 2, 0xffffu);
+      lines.write(so_far + d, padded);
+    }
+  }
+
+ private:
+  /* e^(scores - max) within 3e-6, for what is at most 0: 2^n 2^r, |r| <= 1/2, Taylor to r^5; 0 far below. */
+  static __m512 exp_from(const float *scores, float max) {
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_sub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(max)));
+    const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(t, n);
+    __m512 p = _mm512_set1_ps(0.00133335581f);
+    for (const float factor : {0.00961812911f, 0.0555041087f, 0.240226507f, 0.693147181f, 1.0f}) {
+      p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factor));
+    }
+    return _mm512_scalef_ps(p, n);
+  }
+
+  static __m512bh broadcast(uint32_t word) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(word)); }
+  static __m512bh load_pairs(const uint32_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+  /* 32 sums of each row. */
+  template <int Rows>
+  struct Lines {
+    __m512 left[Rows], right[Rows];
+
+    Lines(const float *from, int64_t stride) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        left[r] = _mm512_loadu_ps(from + r * stride);
+        right[r] = _mm512_loadu_ps(from + r * stride + 16);
+      }
+    }
+
+    /* keep: the half of each word that counts, or both. */
+    void add(const uint32_t *weights, const uint32_t *values, int64_t padded, int64_t pair, uint32_t keep) {
+      const __m512i mask = _mm512_set1_epi32(static_cast<int>(keep)), *at = reinterpret_cast<const __m512i *>(values + pair * padded);
+      const __m512bh low = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(at), mask);
+      const __m512bh high = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(at + 1), mask);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const __m512bh weight = broadcast(weights[r * (kTile / 2) + pair]);
+        left[r] = _mm512_dpbf16_ps(left[r], weight, low);
+        right[r] = _mm512_dpbf16_ps(right[r], weight, high);
+      }
+    }
+
+    void write(float *to, int64_t stride) const {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        _mm512_storeu_ps(to + r * stride, left[r]);
+        _mm512_storeu_ps(to + r * stride + 16, right[r]);
+      }
+    }
+  };
+};
+
+}  // namespace
+}  // namespace lmi::LMI_LEVEL
+#endif

@@ -1,0 +1,109 @@
+/* Of attention.cc: what a thread works with. Softmaxes on their way, the rows of a unit, and where the keys of a tile lie. */
+#pragma once
+#include <limits>
+
+#include "common/math.h"
+#include "common/memory.h"
+#include "cpu/attention_problem.h"
+
+namespace lmi::LMI_LEVEL {
+namespace {
+
+constexpr int kRegisterRows = 4; /* rows whose sums stand side by side in registers */
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+/* A unit's rows: greatest score, sum of weights and weighted sum of values so far. A sum of 0 says that no key was seen yet. */
+struct States {
+  float *max, *sum, *values;
+
+  static int64_t floats(int64_t rows, int64_t padded) { return rows * (padded + 2); }
+  States(float *memory, int64_t rows) : max(memory), sum(memory + rows), values(memory + 2 * rows) {}
+
+  void clear(int64_t rows, int64_t padded) {
+    std::fill_n(max, rows, kNever);
+    std::fill_n(sum, rows, 0.0f);
+    std::fill_n(values, rows * padded, 0.0f);
+  }
+};
+
+void merge_row(const States &total, const States &part, int64_t row, int64_t padded) {
+  if (part.sum[row] == 0.0f) return;
+  float *to = total.values + row * padded;
+  const float *from = part.values + row * padded;
+  if (total.sum[row] == 0.0f) {
+    total.max[row] = part.max[row];
+    total.sum[row] = part.sum[row];
+    std::copy_n(from, padded, to);
+    return;
+  }
+  const float max = std::max(total.max[row], part.max[row]);
+  const float keep = exp_of(total.max[row] - max), add = exp_of(part.max[row] - max);
+  total.sum[row] = keep * total.sum[row] + add * part.sum[row];
+  for (int64_t d = 0; d < padded; ++d) to[d] = keep * to[d] + add * from[d];
+  total.max[row] = max;
+}
+
+void merge(const States &total, const States &part, int64_t rows, int64_t padded) {
+  for (int64_t row = 0; row < rows; ++row) merge_row(total, part, row, padded);
+}
+
+/* What is known of a row before its keys are looked at. */
+struct Row {
+  int64_t head, position;
+  Range seen;
+};
+
+/* Of one unit, or of several one after the other; made for numbers that come `Numbers::kTogether` in a Word (attention_floats.h says
+ * what these are). */
+template <class Numbers>
+struct Scratch {
+  using Word = typename Numbers::Word;
+  static constexpr int64_t kWords = kTile / Numbers::kTogether;
+
+  const int64_t row_words; /* of a query */
+  Row about[kUnitRows];
+  Word *queries, *keys, *values, *weights;
+  float *few, *scores, *part, *total; /* some keys on their way, four rows' scores [4][64], two units' states */
+
+  Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
+    const int64_t padded = problem.padded, states = States::floats(unit_rows, padded);
+    const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + kRegisterRows * kWords;
+    queries = reinterpret_cast<Word *>(
+        kept_floats(Purpose::kTile, words + Numbers::kFew * padded + kRegisterRows * kTile + 2 * states));
+    keys = queries + unit_rows * row_words;
+    values = keys + kTile * row_words;
+    weights = values + kWords * padded;
+    few = reinterpret_cast<float *>(weights + kRegisterRows * kWords);
+    scores = few + Numbers::kFew * padded;
+    part = scores + kRegisterRows * kTile;
+    total = part + states;
+  }
+};
+
+/* Where a tile's keys or values lie; null outside of `needed`. */
+struct TileRows {
+  const char *of[kTile];
+
+  TileRows(const Problem &problem, const lmi_tensor &cache, const Unit &unit, int64_t tile, Range needed) {
+    std::fill_n(of, kTile, nullptr);
+    const int32_t *table = integers(problem.args.tables) + unit.sequence * problem.args.tables.stride[0];
+    const Range keys = common(needed, {tile, tile + kTile});
+    const int64_t step = cache.stride[2] * bytes_of(cache.dtype);
+    for (int64_t key = keys.first; key < keys.last;) {
+      const int64_t block = key / problem.block_size, place = key - block * problem.block_size;
+      const int64_t end = std::min(keys.last, (block + 1) * problem.block_size);
+      const char *row = static_cast<const char *>(at(cache, table[block], unit.head, place));
+      for (; key < end; ++key, row += step) of[key - tile] = row;
+    }
+  }
+
+  /* Before they are used: blocks lie anywhere in memory, and waiting for them would take most of a decode. */
+  void prefetch(int64_t num_bytes) const {
+    for (const char *row : of) {
+      for (int64_t byte = 0; row && byte < num_bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lmi::LMI_LEVEL
