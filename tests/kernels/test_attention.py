@@ -18,8 +18,8 @@ from lmi_dist.ops.abi import Library
 from lmi_dist.ops.attention import attention_torch, bucket
 
 BLOCK_SIZE = 16
-# Levels with dot products of bf16 round the softmax's weights to bf16 first, 2^-9 of each; errors of a sum of values that cancel are
-# then up to twice those of rounding the result.
+# Levels with dot products of bf16 round the weights of the softmax to bf16 first, 2^-9 of each: where values cancel, errors are up
+# to twice those of rounding the result.
 FACTORS = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 1.0}
 NAN = float("nan")
 
