@@ -2,6 +2,7 @@
 with the same free memory the one does what the other says.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.weights import Checkpoint, fetch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CPU_PREFILL_CHUNK_TOKENS = 512
 
@@ -81,12 +82,33 @@ def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBa
 
     place = folder if config.tokenizer is None else fetch(config.tokenizer, None)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, config=_plain_config(place), trust_remote_code=config.trust_remote_code
+        )
     except Exception as error:  # transformers and tokenizers raise what they like, bare Exception among it
         raise CheckpointError(
             f"tokenizer={place} cannot be loaded: {error}; the folder must hold tokenizer.json or what its tokenizer class reads"
         ) from error
     return tokenizer
+
+
+def _plain_config(folder: Path) -> "PreTrainedConfig | None":
+    """config.json as it stands, where it and tokenizer_config.json say all that AutoTokenizer asks; else None, and it looks itself.
+
+    That makes the model's own kind of configuration, and to import this takes torch's compiler and sympy: half of a worker's start.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        values, own = (json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "tokenizer_config.json"))
+        is_plain = isinstance(own["tokenizer_class"], str) and isinstance(values["model_type"], str)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if not is_plain or "auto_map" in own or "auto_map" in values:
+        return None
+    config: PreTrainedConfig = PreTrainedConfig.from_dict(values)
+    config.name_or_path = str(folder)
+    return config
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

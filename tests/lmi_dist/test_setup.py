@@ -1,10 +1,15 @@
 """What is worked out before the weights are read: choices, memory, tokenizer, CPUs."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+import tiny_tokenizers
+from transformers import AutoTokenizer
 
 from lmi_dist.config import EngineConfig
 from lmi_dist.errors import CheckpointError
@@ -65,6 +70,36 @@ def test_explaining_reads_no_tensor(folder, monkeypatch):
     monkeypatch.setattr("lmi_dist.weights.Checkpoint.read", lambda *args: pytest.fail("a tensor was read"))
 
     assert explain(EngineConfig(model=str(folder))).memory.weights_bytes > 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPTNeoXTokenizer", None])
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+def test_tokenizer_is_the_one_that_transformers_would_choose(tmp_path, kind, named, model_type):
+    tiny_tokenizers.KINDS[kind]().save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in own.items() if value}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    chosen, expected = load_tokenizer(EngineConfig(model=str(tmp_path)), tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+
+    assert type(chosen) is type(expected)
+    assert [chosen(text).input_ids for text in tiny_tokenizers.TEXTS] == [
+        expected(text).input_ids for text in tiny_tokenizers.TEXTS
+    ]
+
+
+def test_tokenizer_loads_without_what_it_does_not_need(folder):
+    """Half of a worker's start, else."""
+    call = "load_tokenizer(EngineConfig(model=sys.argv[1]), Path(sys.argv[1]))"
+    imports = "import sys; from pathlib import Path; from lmi_dist import EngineConfig; from lmi_dist.setup import load_tokenizer"
+    check = "print([name for name in ('sympy', 'torch._dynamo', 'accelerate') if name in sys.modules])"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"{imports}; {call}; {check}", str(folder)], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.strip() == "[]"
 
 
 def test_missing_tokenizer_is_told(folder, tmp_path):
