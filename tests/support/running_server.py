@@ -17,10 +17,12 @@ WORDS = ("OPTION_", "SERVING_", "HF_", "MODEL_", "ARGS_", "TENSOR_")  # an opera
 class Server:
     """`lmi-dist serve` on a free port, its log as a list of lines."""
 
+    program: tuple[str, ...] = ("-m", "lmi_dist_handler.cli")
+
     def __init__(self, *arguments: str, **variables: str) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith(WORDS)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lmi_dist_handler.cli", "serve", "--port", "0", *arguments],
+            [sys.executable, *self.program, "serve", "--port", "0", *arguments],
             env={**environ, **variables},
             stderr=subprocess.PIPE,
             text=True,
