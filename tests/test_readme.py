@@ -1,5 +1,6 @@
 """README.md says only what works: each of its fenced examples is executed, over a tiny Llama that stands where it says."""
 
+import argparse
 import itertools
 import json
 import re
@@ -46,8 +47,9 @@ class Block:
 BLOCKS = [Block(match[1], match[2], README[: match.start()].count("\n") + 1) for match in FENCE.finditer(README)]
 COMMANDS = [command for block in BLOCKS if block.kind == "sh" for command in block.commands]
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
-STARTS = [command for command in COMMANDS if re.search(r"=\S+ make run$|lmi-dist serve", command)]
+STARTS = [command for command in COMMANDS if re.search(r"=\S+ make run$|bin/lmi-dist serve", command)]
 EXPLAINS = [command for command in COMMANDS if "lmi-dist explain" in command]
+DOCKER = [command for command in COMMANDS if command.startswith("docker ")]
 CURLS = [command for command in COMMANDS if command.startswith("curl ")]
 ANSWERED = [
     (asked.commands[-1], answer.text) for asked, answer in itertools.pairwise(BLOCKS) if (asked.kind, answer.kind) == ("sh", "json")
@@ -112,7 +114,7 @@ def shape(value: object) -> object:
 
 
 def test_every_example_is_of_a_kind_that_is_run() -> None:
-    untold = set(COMMANDS) - {*MAKE, *STARTS, *EXPLAINS, *CURLS}
+    untold = set(COMMANDS) - {*MAKE, *STARTS, *EXPLAINS, *DOCKER, *CURLS}
 
     assert {block.kind for block in BLOCKS} == set(KINDS)
     assert untold == set()
@@ -156,6 +158,54 @@ def test_file_resolves(text: str, models: Path, tmp_path: Path) -> None:
 
     given = dict(line.split("=", 1) for line in text.splitlines())
     assert {name for name in model.origin if model.origin[name] != "default"} == {OPTIONS[key].name for key in given}
+
+
+def docker_parser() -> argparse.ArgumentParser:
+    """Of what the examples say to docker, which is not there to be asked."""
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    build, run = commands.add_parser("build"), commands.add_parser("run")
+    for name in ("--target", "--build-arg"):
+        build.add_argument(name, action="append", default=[])
+    build.add_argument("-t", dest="name")
+    build.add_argument("folder")
+    for name in ("-p", "-v", "-e"):
+        run.add_argument(name, dest={"-p": "ports", "-v": "volumes", "-e": "variables"}[name], action="append", default=[])
+    run.add_argument("image")
+    run.add_argument("words", nargs="*")
+    return parser
+
+
+@pytest.mark.parametrize("command", [command for command in DOCKER if command.startswith("docker build")])
+def test_image_can_be_asked_for(command: str) -> None:
+    given = docker_parser().parse_args(shlex.split(command)[1:])
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+    assert all(re.search(rf"^FROM .* AS {target}$", dockerfile, re.MULTILINE) for target in given.target)
+    assert all(re.search(rf"^ARG {word.partition('=')[0]}=", dockerfile, re.MULTILINE) for word in given.build_arg)
+    assert given.folder == "."
+
+
+@pytest.mark.parametrize("command", [command for command in DOCKER if command.startswith("docker run")])
+def test_container_finds_its_model(command: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = docker_parser().parse_args(shlex.split(command)[1:])
+    built = [docker_parser().parse_args(shlex.split(line)[1:]).name for line in DOCKER if line.startswith("docker build")]
+    (tmp_path / "conf").mkdir()
+    (file,) = (block.text for block in BLOCKS if block.kind == "properties" and "engine=Python" in block.text)
+    (tmp_path / "conf" / "serving.properties").write_text(here(file, models))
+    volumes = dict(reversed(volume.split(":")) for volume in given.volumes)
+    mounted = volumes.get("/opt/ml/model", "")
+    store = tmp_path / "conf" if mounted == "/models/conf" else models / "my-llama" if mounted else tmp_path / "store"
+    store.mkdir(exist_ok=True)
+    monkeypatch.setattr(load_models, "DEFAULT_STORE", store)
+    environ = {word.partition("=")[0]: here(word, models).partition("=")[2] for word in given.variables}
+    environ = {name: value.replace("/opt/ml/model", str(store)) for name, value in environ.items()}
+
+    (model,) = properties.load(None, environ).models
+
+    assert model.engine_config().model == str(models / "my-llama")
+    assert given.image in built
+    assert (given.ports, given.words) in ((["8080:8080"], []), (["8080:8080"], ["serve"]))
 
 
 @pytest.mark.parametrize("command", EXPLAINS)

@@ -119,7 +119,7 @@ HOST_UNBUILT: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 IGNORED = {
-    "option.mpi_mode": "workers are always started by mpirun",
+    "option.mpi_mode": "mpirun starts all workers but the one of engine=Python",
     "option.async_mode": "requests always go through asynchronously",
     "option.use_passive_workers": "rank 0 always decides",
     "option.parallel_loading": "models load one after the other, so that each plans with the memory that is left",
