@@ -41,15 +41,24 @@ class CuttableServer(Server):
     program = (str(Path(__file__).parents[1] / "support" / "cuttable_server.py"),)
 
 
+def seed_variables(model: Path, degree: str) -> dict[str, str]:
+    """README's configuration by variables."""
+    return {
+        "SERVING_LOAD_MODELS": f"test::MPI={model}",
+        "OPTION_MODEL_ID": str(model),
+        "OPTION_TENSOR_PARALLEL_DEGREE": degree,
+        "OPTION_ROLLING_BATCH": "lmi-dist",
+        "OPTION_MAX_ROLLING_BATCH_PREFILL_TOKENS": "4096",
+    }
+
+
 class Chaos:
     """A server over two ranks, with a folder of its own for temporary files, and its processes by what they are."""
 
     def __init__(self, model: Path, temporary: Path) -> None:
         self.temporary = temporary
         self.shared = left_in_shared_memory()
-        self.server = CuttableServer(
-            OPTION_MODEL_ID=str(model), OPTION_TENSOR_PARALLEL_DEGREE="2", OPTION_PREDICT_TIMEOUT="5", TMPDIR=str(temporary)
-        )
+        self.server = CuttableServer(**seed_variables(model, "2"), OPTION_PREDICT_TIMEOUT="5", TMPDIR=str(temporary))
         self.server.wait_until_ready()
 
     def ranks(self) -> list[psutil.Process]:
@@ -192,6 +201,29 @@ def test_every_fault_is_survived_and_leaves_nothing(chaos: Chaos) -> None:
     for fault in faults_of(0).values():
         suffer(chaos, fault, BACK_BUSY_S)
     kill_host(chaos)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("degree", ["1", "2", "max"])
+@pytest.mark.parametrize("form", ["file", "variables"])
+def test_both_configurations_start(model: Path, tmp_path: Path, form: str, degree: str) -> None:
+    """README's; `max` is the number of GPUs, or 1."""
+    values = seed_variables(model, degree)
+    if form == "file":
+        options = {name.lower().replace("option_", "option."): value for name, value in values.items() if "OPTION" in name}
+        lines = ["engine=MPI", *(f"{name}={value}" for name, value in options.items())]
+        (tmp_path / "serving.properties").write_text("\n".join(lines))
+        values = {"MODEL_DIR": str(tmp_path)}
+    server = Server(**values)
+    try:
+        server.wait_until_ready()
+        answer = server.post("/invocations", json={"inputs": "hello", "parameters": {"max_new_tokens": 4}})
+        started = {line.split("-stdout")[0][-5:] for line in server.lines if "Python engine started." in line}
+    finally:
+        server.end()
+
+    assert answer.status_code == 200
+    assert started == {f"rank{rank}" for rank in range(2 if degree == "2" else 1)}
 
 
 @pytest.mark.soak
