@@ -292,6 +292,8 @@ class ModelConfig:
         architecture = _architecture(keys, supported)
         keys = supported[architecture](keys)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        if "head_dim" not in keys and hidden % heads:
+            raise keys.refuse("hidden_size", f"must be a multiple of num_attention_heads={heads} where head_dim is left out")
         head_dim = keys.integer("head_dim", default=hidden // heads)
         if head_dim % 8 or head_dim > 256:
             raise ConfigError(f"{keys.where}: head_dim={head_dim} must be a multiple of 8 of at most 256")

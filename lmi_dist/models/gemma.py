@@ -10,7 +10,9 @@ from lmi_dist.weights import Weights
 
 
 def gemma_keys(keys: ConfigKeys) -> dict[str, object]:
-    """The first checkpoints say gelu where they mean its approximation by tanh."""
+    """The first checkpoints say gelu where they mean its approximation by tanh. Raises ConfigError."""
+    if keys.boolean("use_bidirectional_attention", default=False):
+        raise keys.refuse("use_bidirectional_attention", "is not supported; supported is false")
     said = keys.values.get("hidden_activation") or keys.values.get("hidden_act") or "gelu"
     return {"norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh" if said == "gelu" else said}
 

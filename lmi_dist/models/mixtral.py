@@ -13,7 +13,10 @@ class Layer(LlamaLayer):
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
         keys, prefix = config.keys, f"model.layers.{layer}"
-        experts = [f"{prefix}.block_sparse_moe.experts.{x}" for x in range(keys.integer("num_local_experts", default=8))]
+        num_experts, top_k = keys.integer("num_local_experts", default=8), keys.integer("num_experts_per_tok", default=2)
+        if top_k > num_experts:
+            raise keys.refuse("num_experts_per_tok", f"must be at most num_local_experts={num_experts}")
+        experts = [f"{prefix}.block_sparse_moe.experts.{x}" for x in range(num_experts)]
         self.attn_norm = load_norm(config, weights, f"{prefix}.input_layernorm")
         self.attn = load_attention(config, weights, layer)
         self.mlp_norm = load_norm(config, weights, f"{prefix}.post_attention_layernorm")
@@ -26,7 +29,7 @@ class Layer(LlamaLayer):
             hidden=config.hidden_size,
             feed_forward=keys.integer("intermediate_size"),
             activation=keys.choice("hidden_act", ACTIVATIONS, default="silu"),
-            top_k=keys.integer("num_experts_per_tok", default=2),
+            top_k=top_k,
         )
 
 

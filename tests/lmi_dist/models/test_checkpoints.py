@@ -88,6 +88,56 @@ def test_unsupported_config_is_refused_by_name(tmp_path: Path, values: dict[str,
 
 
 @pytest.mark.parametrize(
+    ("variant", "values", "message"),
+    [
+        ("falcon-7b", {"activation": "tanh"}, "activation='tanh' is not supported; supported are gelu"),
+        ("falcon-7b", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True is not"),
+        ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2 must be 1, or 2 with new_decoder_architecture"),
+        ("falcon-40b", {"num_kv_heads": 3}, "num_key_value_heads=3 must divide"),
+        ("pythia", {"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
+        ("pythia", {"rope_scaling": {"type": "ntk"}}, "type='ntk' is not supported; supported are default, dynamic"),
+        ("mistral-gqa", {"sliding_window": "4096"}, "sliding_window='4096' must be an integer"),
+        ("mixtral", {"hidden_act": "tanh"}, "hidden_act='tanh' is not supported"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be at most num_local_experts=8"),
+        ("starcoder", {"activation_function": "tanh"}, "activation_function='tanh' is not supported"),
+        ("starcoder", {"n_embd": 66}, "n_embd=66 must be a multiple of num_attention_heads=4"),
+        ("gpt2", {"n_head": None}, "n_head is missing"),
+        ("gptj", {"rotary_dim": 7}, "rotary_dim=7 must be even and at most 16"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False is not supported"),
+        ("bloom", {"seq_length": 0}, "seq_length=0 must be an integer of at least 1"),
+        ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}, "each full_attention or sliding_attention"),
+        ("phi3", {"hidden_act": "tanh"}, "hidden_act='tanh' is not supported"),
+        ("gemma", {"hidden_activation": "tanh"}, "hidden_act='tanh' is not supported"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be a number above 0"),
+    ],
+)
+def test_each_architecture_refuses_what_it_does_not_build(
+    tmp_path: Path, variant: str, values: dict[str, Any], message: str
+) -> None:
+    tiny_models.save(tiny_models.build(variant), tmp_path)
+    tiny_models.rewrite_config(tmp_path, **values)
+
+    with pytest.raises(ConfigError, match=message):
+        driving.make_runner(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["falcon-7b", "falcon-rw", "pythia", "mixtral", "mpt", "starcoder", "gpt2", "phi3", "opt"])
+def test_missing_and_surplus_tensors_of_any_architecture_are_named(tmp_path: Path, variant: str) -> None:
+    tiny_models.save(tiny_models.build(variant), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name, x in tensors.items() if x.dim() == 2 and ".0." in name)
+    kept = {name: x for name, x in tensors.items() if name != lost}
+    save_file({**kept, "transformer.h.0.attn.other.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    with pytest.raises(CheckpointError) as caught:
+        driving.make_runner(tmp_path)
+
+    assert f"1 missing ({lost})" in str(caught.value)
+    assert "1 not part of this architecture (transformer.h.0.attn.other.weight)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"num_hidden_layers": 3}, r"9 missing \(model\.layers\.2\.input_layernorm\.weight, .*, \.\.\.\)"),
