@@ -8,6 +8,7 @@ import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.kv_cache import KVCache, MemoryPlan, plan_memory
+from lmi_dist.link import Link
 from lmi_dist.models import read_config
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.runner import Runner
@@ -35,12 +36,12 @@ def make_cache(num_blocks: int = 1) -> KVCache:
     return KVCache(MemoryPlan(dtype="fp32", num_blocks=num_blocks, arithmetic=(), **facts), 1, 1, 8)
 
 
-def make_runner(folder: Path, kernels: str = "cpu", **values: Any) -> Runner:
+def make_runner(folder: Path, kernels: str = "cpu", link: Link | None = None, **values: Any) -> Runner:
     config = EngineConfig.of(
         {"model": str(folder), "kernels": kernels, "dtype": "fp32", "cpu_threads": 1, "max_batch_size": 32, **values}
     )
     model = read_config(folder)
-    return Runner(config, model, plan_memory(config, model, Checkpoint(folder), AVAILABLE_BYTES))
+    return Runner(config, model, plan_memory(config, model, Checkpoint(folder), AVAILABLE_BYTES), link)
 
 
 def make_scheduler(runner: Runner, **values: Any) -> Scheduler:

@@ -1,1 +1,77 @@
-"""Ranks without a launcher: each in a process of its own, forked from the test, with rank 0 in the test's own process or not."""
+"""Ranks without a launcher: processes forked from the test, quick to start, that find each other at a meeting made before."""
+
+import os
+import pickle
+import signal
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lmi_dist.link import Link
+from lmi_dist.meeting import Meeting, join
+from lmi_dist.parallel import Ranks
+
+
+class Group:
+    """So many ranks, each running body(link), or with `rounds` body(link, number) for one after the other, each with a new link."""
+
+    def __init__(self, size: int, body: Callable[..., Any], rounds: int | None = None) -> None:
+        self._meetings = [Meeting() for _ in range(rounds or 1)]
+        self._has_rounds = rounds is not None
+        self._ends: list[int] = []
+        self.pids = [self._start(Ranks(rank, size), body) for rank in range(size)]
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)  # one that has ended is not reaped yet, so the number is still its own
+            os.waitpid(pid, 0)
+        for meeting in self._meetings:
+            meeting.__exit__()
+
+    def results(self) -> list[Any]:
+        """What each rank's body gave, or a list of it with `rounds`; None of a rank that was killed. Raises AssertionError with the
+        traceback if one raised."""
+        results = []
+        for rank, end in enumerate(self._ends):
+            with os.fdopen(end, "rb") as stream:
+                data = stream.read()
+            failure, value = pickle.loads(data) if data else ("", None)
+            assert not failure, f"rank {rank}: {failure}"
+            results.append(value)
+        return results
+
+    def _start(self, ranks: Ranks, body: Callable[..., Any]) -> int:
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: those of the kernels know
+            pid = os.fork()
+        if pid:
+            os.close(writing)
+            self._ends.append(reading)
+            return pid
+        try:
+            outcome = ("", self._run(ranks, body))
+        except BaseException:
+            outcome = (traceback.format_exc(), None)
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(pickle.dumps(outcome))
+        os._exit(0)
+
+    def _run(self, ranks: Ranks, body: Callable[..., Any]) -> Any:
+        if not self._has_rounds:
+            return body(self._link(ranks, self._meetings[0]))
+        return [body(self._link(ranks, meeting), number) for number, meeting in enumerate(self._meetings)]
+
+    @staticmethod
+    def _link(ranks: Ranks, meeting: Meeting) -> Link:
+        return meeting.lead(ranks) if ranks.rank == 0 else join(ranks, meeting.invitation)
+
+
+def run(size: int, body: Callable[..., Any], rounds: int | None = None) -> list[Any]:
+    """The results of all ranks."""
+    with Group(size, body, rounds) as group:
+        return group.results()
