@@ -68,6 +68,8 @@ class Group:
 
     @staticmethod
     def _link(ranks: Ranks, meeting: Meeting) -> Link:
+        if ranks.size == 1:
+            return Link(ranks)
         return meeting.lead(ranks) if ranks.rank == 0 else join(ranks, meeting.invitation)
 
 
