@@ -18,8 +18,9 @@ from lmi_dist.meeting import Meeting, join
 from lmi_dist.parallel import Ranks
 from lmi_dist.plan import Chunk, Encode, Image, Plan, Span
 
+DECODE = Chunk(7, (5,), 3, (0, 1 << 20), 3, 1, 2, (4,), 9)
 CHUNK = Chunk(7, (5, 6), 3, (0, 1 << 20), 5, 1, 2, (4,), 9, (Span(3, b"name", 0, 1),))
-PLAN = Plan(3, (CHUNK,), (CHUNK, CHUNK), (Encode(8, (1, 2), (3,)), Encode(9, image=Image(b"name", 4, (1,), (2, 3), b"\x00\xff"))))
+PLAN = Plan(3, (DECODE,), (CHUNK, CHUNK), (Encode(8, (1, 2), (3,)), Encode(9, image=Image(b"name", 4, (1,), (2, 3), b"\x00\xff"))))
 NUMBERS = (1, 33, 4096, 40_000, 70_001, 400_000)  # both ways of summing, odd sizes, several chunks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATIENCE_S = 5.0
