@@ -112,7 +112,8 @@ class FollowerLink(_LocalLink):
                     send(self._plans, json.dumps(_told(error, self.ranks)).encode())
                     receive(self._plans)
             raise
-        send(self._plans, b"{}")
+        with contextlib.suppress(RankError):  # if rank 0 has failed and gone, what it said is still there
+            send(self._plans, b"{}")
         _raise_told(_receive_json(self._plans))
 
     def await_setup(self) -> dict[str, Any]:
