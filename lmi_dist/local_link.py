@@ -57,15 +57,21 @@ class LeaderLink(_LocalLink):
         try:
             yield
         except Exception as error:  # the others learn of it, whatever it is; then it goes its way
-            self._tell(_told(error, self.ranks))
+            self._conclude(_told(error, self.ranks))
             raise
         states = [_receive_json(plans) for plans in self._plans]
         outcome = next((state for state in states if "error" in state), {})
-        self._tell(outcome)
+        self._conclude(outcome)
         _raise_told(outcome)
 
+    def _conclude(self, outcome: Mapping[str, Any]) -> None:
+        for plans in self._plans:
+            with contextlib.suppress(RankError):  # one that has failed may have gone
+                send(plans, json.dumps(outcome).encode())
+
     def share_setup(self, setup: Mapping[str, Any]) -> None:
-        self._tell(setup)
+        for plans in self._plans:
+            send(plans, json.dumps(setup).encode())
 
     def publish(self, plan: Plan) -> None:
         message = NUMBER.pack(self._segment.begin()) + plan.to_bytes()
@@ -86,10 +92,6 @@ class LeaderLink(_LocalLink):
                 send(rank_socket, b"")
         for rank_socket in (*self._plans, *self._replies):
             rank_socket.close()
-
-    def _tell(self, values: Mapping[str, Any]) -> None:
-        for plans in self._plans:
-            send(plans, json.dumps(values).encode())
 
 
 class FollowerLink(_LocalLink):
