@@ -19,6 +19,7 @@ from lmi_dist_handler.openai_responses import Ask, DjlChat, DjlChatEvents, DjlCh
 from lmi_dist_handler.options import FORMATTERS, UNBUILT_FORMATTERS
 from lmi_dist_handler.responses import Json, JsonLines, JsonList, JsonPieces, LmiFormatter, OutputLines, RawText, Sse, Wishes
 from lmi_dist_handler.sampling import LMI, ONE, Sampling
+from lmi_dist_handler.todays_responses import TodaysFormatter, TodaysJson, TodaysLines, unframed
 from lmi_dist_handler.wire import Input
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ ADAPTER_HEADERS = ("adapter", "x-amzn-sagemaker-adapter-identifier")
 STREAMED = ("jsonlines", "sse", "none", "jsonlines_chat", "sse_chat", OWN)
 
 FORMS: dict[str, type[LmiFormatter]] = {"json": Json, "jsonlines": JsonLines, "sse": Sse, "none": RawText}
+TODAYS_FORMS: dict[str, type[TodaysFormatter]] = {"json": TodaysJson, "jsonlines": TodaysLines}
 CHAT_FORMS: dict[str, type[DjlChat]] = {"json_chat": DjlChat, "jsonlines_chat": DjlChatLines, "sse_chat": DjlChatEvents}
 
 
@@ -114,6 +116,10 @@ def parse(
         parsed = Parsed(*openai_requests.chat(fields, engine, handler))
     elif dialect == "tgi":
         parsed = Parsed(*tgi_requests.generate(fields, route))
+    elif handler.dialect.is_todays and ("prompt" in fields or ("messages" in fields and "inputs" not in fields)):
+        read = openai_requests.completion if "prompt" in fields else openai_requests.chat
+        asked, form = read(fields, engine, handler)
+        parsed = Parsed(asked, unframed(form))
     elif "messages" in fields and handler.dialect.has_chat:
         parsed = Parsed(*openai_requests.djl_chat(fields, engine, handler))
     else:
@@ -241,6 +247,8 @@ def _shows_tokens(wishes: Wishes, form: str) -> bool:
 def _formatter(form: str, wishes: Wishes, request: Request, handler: "HandlerConfig") -> Formatter:
     if form == "json" and wishes.dialect.json_in_pieces:
         return JsonPieces(wishes)
+    if wishes.dialect.is_todays and form in TODAYS_FORMS:
+        return TODAYS_FORMS[form](wishes, request.params.seed)
     if form in FORMS:
         return FORMS[form](wishes)
     ask = Ask(model=handler.model_name, request_ids=(request.id,), num_candidates=wishes.num_candidates, logprobs=wishes.details)

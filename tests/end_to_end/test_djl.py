@@ -22,11 +22,13 @@ PROMPTS = ("The quick brown fox", "def f(x):", "Съешь же ещё", "two sp
 SEED = 20240126
 CONTENT_TYPES = {
     "json": "application/json", "jsonlines": "application/jsonlines", "sse": "text/event-stream", "none": "text/plain",
+    "completion": "application/json", "completion_lines": "application/jsonlines",
     "json_chat": "application/json", "jsonlines_chat": "application/jsonlines", "sse_chat": "text/event-stream",
 }  # fmt: skip
 FORMS = {26: (), 27: ("json", "jsonlines", "none", "json_chat", "jsonlines_chat")}
 FORMS[28] = FORMS[29] = (*FORMS[27], "sse")
 FORMS[36] = (*FORMS[29], "sse_chat")
+FORMS_ASYNC = (*FORMS[29], "completion", "completion_lines")  # of today's: OpenAI's bodies, too
 
 # what clients ask for: parameters, and the same in the engine's words
 GREEDY: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "ignore_eos_token": True}
@@ -136,9 +138,12 @@ def mixed(model: Model, forms: tuple[str, ...], fixed: str = "", *, has_seeds: b
             wanted.append(Asked(Client(body, {"Content-Type": "application/json"}), "json", sentence))
             continue
         (parameters, params), form = next(ways)
-        wanted.append(
-            _chat(model, number, form) if form.endswith("_chat") else _text(model, number, parameters, params, form, fixed)
-        )
+        if form.endswith("_chat"):
+            wanted.append(_chat(model, number, form))
+        elif form.startswith("completion"):
+            wanted.append(_completion(model, number, form))
+        else:
+            wanted.append(_text(model, number, parameters, params, form, fixed))
     for one in wanted:
         one.client.seed = SEED
     return wanted
@@ -158,6 +163,12 @@ def _chat(model: Model, number: int, form: str) -> Asked:
     return Asked(
         client, "jsonlines_chat" if is_lines else "json_chat", model.truth(f"user: {prompt}\n", {"temperature": 0.0}, is_chat=True)
     )
+
+
+def _completion(model: Model, number: int, form: str) -> Asked:
+    prompt = PROMPTS[number % len(PROMPTS)]
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": form == "completion_lines"}
+    return Asked(Client.of(**body), form, model.truth(prompt, {"temperature": 0.0}))
 
 
 def check(version: Version, asked: Asked) -> None:
@@ -191,7 +202,9 @@ def read(version: Version, form: str, client: Client) -> tuple[str, tuple[int, .
     lines = [json.loads(line.removeprefix("data: ")) for line in client.text.splitlines() if line]
     if form == "jsonlines_chat":
         choices = [line["choices"][0] for line in lines]
-        return "".join(choice["delta"]["content"] for choice in choices), None, choices[-1]["finish_reason"]
+        return "".join(choice["delta"].get("content", "") for choice in choices), None, choices[-1]["finish_reason"]
+    if form.startswith("completion"):
+        return "".join(line["choices"][0]["text"] for line in lines), None, lines[-1]["choices"][0]["finish_reason"]
     assert lines[-1]["generated_text"] == "".join(line["token"].get("text", "") for line in lines)
     return lines[-1]["generated_text"], ids_of([line["token"] for line in lines]), lines[-1]["details"]["finish_reason"]
 
@@ -221,7 +234,10 @@ def serve(host: DjlHost, wanted: list[Asked]) -> None:
 @pytest.mark.parametrize("degree", [1, 2])
 @pytest.mark.parametrize("version", VERSIONS[1:], ids=str)
 def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, degree: int, model: Model, start: Any) -> None:
-    serve(start(version, degree), mixed(model, FORMS[version.minor], has_seeds=not version.is_async))
+    serve(
+        start(version, degree),
+        mixed(model, FORMS_ASYNC if version.is_async else FORMS[version.minor], has_seeds=not version.is_async),
+    )
 
 
 @pytest.mark.parametrize("degree", [1, 2])

@@ -1,11 +1,15 @@
 """handlers/lmi_dist_handler/dialects.py: which version is meant, and how a token, an end and an answer look in it."""
 
+import json
+
 import pytest
 from lmi_dist_handler.dialects import OURS, TODAY, TODAY_ASYNC, V26, V27, V28, V29, LmiDialect, dialect_of
 from lmi_dist_handler.formatter import Told
+from lmi_dist_handler.openai_responses import Ask, CompletionEvents
 from lmi_dist_handler.responses import JsonPieces, Wishes
+from lmi_dist_handler.todays_responses import TodaysJson, TodaysLines, unframed
 
-from lmi_dist import Output, StepError, Token
+from lmi_dist import Output, RequestError, StepError, Token
 
 
 @pytest.mark.parametrize(
@@ -68,3 +72,38 @@ def test_failed_step_is_told_in_form_where_the_version_does() -> None:
         Told(424, "step 7 failed", '{"generated_text": "", "details": {"finish_reason": "error"}}', in_form=True),
     ]
     assert not pieces(V27).error(StepError("step 7 failed")).in_form
+
+
+def todays(form: type[TodaysJson | TodaysLines], **wishes: bool) -> list[str]:
+    """The texts of a request that ends with its second token."""
+    formatter = form(Wishes(prompt="p", dialect=TODAY_ASYNC, **wishes), 7)
+    return [formatter.push(output("a")), formatter.push(output("b", "stop_sequence"))]
+
+
+def test_todays_answers_are_those_of_its_own_handler() -> None:
+    token = {"id": 5, "text": "a", "logprob": None}
+    ending = {"finish_reason": "eos_token", "seed": 7, "generated_tokens": 2}
+
+    whole = todays(TodaysJson, details=True)
+    first, last = todays(TodaysLines)
+
+    details = {**ending, "prefill": [], "tokens": [token, {**token, "text": "b"}]}
+    assert whole == ["", json.dumps({"generated_text": "ab", "details": details}) + "\n"]
+    assert todays(TodaysJson)[1] == '{"generated_text": "ab"}\n'
+    assert json.loads(first) == {"index": 0, "token": token, "generated_text": None, "details": None}
+    assert last.endswith("\n\n")
+    assert json.loads(last)["generated_text"] == "ab"
+    assert json.loads(last)["details"] == {**ending, "input_length": 0}
+
+
+def test_openais_events_come_as_lines() -> None:
+    form = unframed(CompletionEvents(Ask(model="m", request_ids=["r"])))
+
+    texts = [form.push(output("a\n\nb")), form.push(output("", "length"))]
+
+    assert form.is_done
+    assert form.content_type == "application/jsonlines"
+    assert [json.loads(text)["choices"][0]["text"] for text in texts] == ["a\n\nb", ""]
+    assert all(text.endswith("}\n") for text in texts)
+    told = unframed(CompletionEvents(Ask(model="m", request_ids=["r"]))).error(RequestError("top_p=2 is refused", "top_p"))
+    assert (told.code, json.loads(told.text)["error"]["param"]) == (400, "top_p")
