@@ -20,6 +20,7 @@ from lmi_dist.link import Link
 from lmi_dist.ops import Segment
 from lmi_dist.parallel import Ranks
 from lmi_dist.plan import Plan
+from lmi_dist.plan_stream import PlanReader, PlanWriter
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class LeaderLink(_LocalLink):
     def __init__(self, ranks: Ranks, segment: Segment, plans: list[socket.socket], replies: list[socket.socket]) -> None:
         super().__init__(ranks, segment)
         self._plans, self._replies = plans, replies
+        self._writer = PlanWriter()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -74,7 +76,7 @@ class LeaderLink(_LocalLink):
             send(plans, json.dumps(setup).encode())
 
     def publish(self, plan: Plan) -> None:
-        message = NUMBER.pack(self._segment.begin()) + plan.to_bytes()
+        message = NUMBER.pack(self._segment.begin()) + self._writer.write(plan)
         try:
             for plans in self._plans:
                 send(plans, message)
@@ -100,6 +102,7 @@ class FollowerLink(_LocalLink):
     def __init__(self, ranks: Ranks, segment: Segment, plans: socket.socket, replies: socket.socket) -> None:
         super().__init__(ranks, segment)
         self._plans, self._replies = plans, replies
+        self._reader = PlanReader()
         self._is_told = False  # that rank 0 has failed
         self._answers: queue.Queue[bytes | RankError] = queue.Queue()
         threading.Thread(target=self._hear_replies, name="replies", daemon=True).start()
@@ -131,7 +134,7 @@ class FollowerLink(_LocalLink):
         if not message:
             return None
         self._segment.begin(*NUMBER.unpack_from(message))
-        return Plan.of_bytes(memoryview(message)[NUMBER.size :])
+        return self._reader.read(memoryview(message)[NUMBER.size :])
 
     def await_reply(self) -> bytes:
         """Rank 0's next reply: the k-th call gives the k-th one. Raises RankError if rank 0 has ended, or if more than MAX_REPLIES

@@ -21,7 +21,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 ENGINE_LEVELS = (
     ("errors", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
-    ("link",),
+    ("link", "plan_stream"),
     ("local_link",),
     ("meeting",),
     ("blocks", "images", "weights"),

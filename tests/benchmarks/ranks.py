@@ -71,10 +71,11 @@ def begin(link: Any, plan: Plan = NOTHING) -> None:
 def time_publishing(link: Any) -> float:
     """Seconds that rank 0 needs to publish a plan, the median; the other rank waits for each."""
     take_cpus(link.ranks)
-    rows = tuple(Chunk(i, (i,), 600, tuple(range(40 * i, 40 * i + 38)), 500, 1) for i in range(NUM_SEQUENCES))
-    plan, times = Plan(0, rows), []
-    for _ in range(200):
-        times.append(timed(lambda: begin(link, plan)))
+    tables = [tuple(range(40 * i, 40 * i + 38)) for i in range(NUM_SEQUENCES)]
+    times = []
+    for step in range(200):
+        plan = Plan(step, tuple(Chunk(i, (i,), 400 + step, table, 300, 1) for i, table in enumerate(tables)))
+        times.append(timed(lambda: begin(link, plan)))  # noqa: B023
         link.all_reduce(torch.zeros(1))
         time.sleep(0.001)
     return median(times)
