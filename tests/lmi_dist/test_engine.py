@@ -531,3 +531,17 @@ def test_closed_engine_gives_its_memory_back(folder):
     engine.close()
 
     assert not engine.has_work
+
+
+def test_windowed_model_holds_a_window_not_the_whole_text(tmp_path: Path) -> None:
+    engine = make(tiny_models.save(tiny_models.build("mistral-window"), tmp_path))  # it looks back to 19 keys: 3 blocks at most
+    engine.add(ask("r", tiny_models.prompt_of(60), max_tokens=60))
+    used = []
+
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats()
+        used.append(stats.num_blocks - stats.num_free_blocks)
+
+    assert used[0] == 2  # of the prompt's four
+    assert max(used) <= 3
