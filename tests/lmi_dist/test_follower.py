@@ -1,6 +1,5 @@
 """One model over several ranks: what transformers says, with equal bits on every rank and in every run, each with its part only."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,6 @@ from tiny_models import Reference
 
 from lmi_dist import ConfigError, Engine, EngineConfig, Follower, Link, MemoryPlanError, Ranks, Request, SamplingParams, explain
 from lmi_dist.local_link import FollowerLink, LeaderLink
-from lmi_dist.plan import Plan
 from lmi_dist.weights import Checkpoint
 
 TOLERANCE = 1e-4  # of the largest logit: fp32 sums in another order
@@ -46,46 +44,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return make
 
 
-def publishing(runner: Any, link: Link) -> Any:
-    """The runner, which from now on publishes what it runs, as an engine does."""
-    plain = runner.forward
-
-    def forward(plan: Plan) -> torch.Tensor:
-        link.publish(plan)
-        logits: torch.Tensor = plain(plan)
-        return logits
-
-    runner.forward = forward
-    return runner
-
-
-def note_sums(link: Any) -> "hashlib._Hash":
-    """A digest of all that the link sums up from now on."""
-    digest, plain = hashlib.sha256(), link.all_reduce
-
-    def all_reduce(x: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = plain(x)
-        digest.update(total.contiguous().view(torch.uint8).numpy().tobytes())
-        return total
-
-    link.all_reduce = all_reduce
-    return digest
-
-
-def continue_prompts(link: Any, case: Case, dtype: str) -> tuple[str, list[driving.Course]]:
-    """On every rank the digest of its sums, on rank 0 also the courses of the prompts, together in batches."""
-    digest = note_sums(link)
-    degree = link.ranks.size
-    runner = driving.make_runner(case.folder, link=link, dtype=dtype, tensor_parallel_degree=degree)
-    if isinstance(link, FollowerLink):
-        while (plan := link.next_plan()) is not None:
-            runner.forward(plan)
-        return digest.hexdigest(), []
-    runner = publishing(runner, link)
-    prompts = {number: reference.prompt for number, reference in enumerate(case.references)}
-    courses = driving.run(runner, driving.make_scheduler(runner, prefill_chunk_tokens=20), prompts)
-    link.close()
-    return digest.hexdigest(), list(courses.values())
+def part(link: Any, case: Case, dtype: str) -> tuple[str, list[driving.Course]]:
+    return ranks.continue_prompts(link, case.folder, [each.prompt for each in case.references], dtype)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -93,7 +53,7 @@ def test_ranks_say_what_transformers_says_in_equal_bits(case: Callable[[str], Ca
     cases = [case(variant) for variant in VARIANTS]
     rounds = [(each, dtype) for each in cases for dtype in ("fp32", "fp32", "bf16", "bf16")]
 
-    results = ranks.run(size, lambda link, number: continue_prompts(link, *rounds[number]), len(rounds))
+    results = ranks.run(size, lambda link, number: part(link, *rounds[number]), len(rounds))
 
     for number, (each, dtype) in enumerate(rounds):
         digests = {result[number][0] for result in results}

@@ -1,16 +1,24 @@
 """Ranks without a launcher: processes forked from the test, quick to start, that find each other at a meeting made before."""
 
+import hashlib
 import os
 import pickle
 import signal
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import driving
+import torch
+from driving import Course
+
 from lmi_dist.link import Link
+from lmi_dist.local_link import FollowerLink
 from lmi_dist.meeting import Meeting, join
 from lmi_dist.parallel import Ranks
+from lmi_dist.plan import Plan
 
 
 class Group:
@@ -77,3 +85,43 @@ def run(size: int, body: Callable[..., Any], rounds: int | None = None) -> list[
     """The results of all ranks."""
     with Group(size, body, rounds) as group:
         return group.results()
+
+
+def continue_prompts(link: Any, folder: Path, prompts: list[tuple[int, ...]], dtype: str = "fp32") -> tuple[str, list[Course]]:
+    """On every rank a digest of all sums over ranks; on rank 0 also what became of the prompts, which run together in batches."""
+    digest = note_sums(link)
+    runner = driving.make_runner(folder, link=link, dtype=dtype, tensor_parallel_degree=link.ranks.size)
+    if isinstance(link, FollowerLink):
+        while (plan := link.next_plan()) is not None:
+            runner.forward(plan)
+        return digest.hexdigest(), []
+    scheduler = driving.make_scheduler(runner, prefill_chunk_tokens=20)
+    courses = driving.run(publishing(runner, link), scheduler, dict(enumerate(prompts)))
+    link.close()
+    return digest.hexdigest(), list(courses.values())
+
+
+def publishing(runner: Any, link: Link) -> Any:
+    """The runner, which from now on publishes what it runs, as an engine does."""
+    plain = runner.forward
+
+    def forward(plan: Plan) -> torch.Tensor:
+        link.publish(plan)
+        logits: torch.Tensor = plain(plan)
+        return logits
+
+    runner.forward = forward
+    return runner
+
+
+def note_sums(link: Any) -> "hashlib._Hash":
+    """A digest of all that the link sums up from now on."""
+    digest, plain = hashlib.sha256(), link.all_reduce
+
+    def all_reduce(x: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = plain(x)
+        digest.update(total.contiguous().view(torch.uint8).numpy().tobytes())
+        return total
+
+    link.all_reduce = all_reduce
+    return digest

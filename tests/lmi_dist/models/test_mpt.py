@@ -7,6 +7,7 @@ from typing import Any
 import driving
 import mpt
 import pytest
+import ranks
 import tiny_models
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ BASE: dict[str, Any] = {
     "n_heads": 4,
     "n_layers": 2,
     "vocab_size": 128,
-    "max_seq_len": 64,
+    "max_seq_len": 128,
     "no_bias": True,
 }
 GROUPED = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
@@ -93,6 +94,24 @@ def test_cut_prompt_has_equal_bits(tmp_path: Path, case: str) -> None:
     cut = driving.run(runner, driving.make_scheduler(runner, max_prefill_tokens=7, prefill_chunk_tokens=7), prompts, 16)
 
     assert all(torch.equal(cut[number].rows, course.rows) for number, course in enumerate(whole))
+
+
+def test_two_ranks_say_the_same(tmp_path: Path) -> None:
+    """Norms are over the heads of both ranks; a key head for all is on both."""
+    names = [name for name in CASES if name != "biased-odd-heads"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, CASES[name])
+    prompts = [tuple(range(30)), tuple(range(50, 57))]
+
+    first, second = ranks.run(2, lambda link, number: ranks.continue_prompts(link, tmp_path / names[number], prompts), len(names))
+
+    assert [digest for digest, _ in first] == [digest for digest, _ in second]
+    for name, (_, courses) in zip(names, first, strict=True):
+        runner = driving.make_runner(tmp_path / name)
+        alone = driving.run(runner, driving.make_scheduler(runner), dict(enumerate(prompts)))
+        for number, course in enumerate(courses):
+            assert tiny_models.relative_error(course.rows[:8], alone[number].rows[:8]) < tiny_models.TOLERANCE
 
 
 @pytest.mark.parametrize(

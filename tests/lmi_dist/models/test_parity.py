@@ -9,10 +9,11 @@ from typing import Any
 
 import driving
 import pytest
+import ranks
 import tiny_models
 import torch
 from tiny_models import Settled
-from tiny_variants import VARIANTS
+from tiny_variants import KINDS, VARIANTS
 from transformers import AutoModelForCausalLM
 
 from lmi_dist.runner import Runner
@@ -124,3 +125,24 @@ def test_prompts_of_other_regimes_share_no_keys(settled: Callable[[str], Settled
 
     for number, prompt in ((0, long[:38]), (1, (*long, 9, 8, 7))):
         assert tiny_models.relative_error(again[number].rows, tiny_models.refer(model, prompt, 8).logits) < tiny_models.TOLERANCE
+
+
+# ---- two ranks ----
+
+# three heads are refused (test_published.py has such); angles of a rotary scaling have nothing to do with ranks
+ALONE = {"odd-sizes", "linear", "dynamic", "dynamic-mqa", "llama3", "yarn", "yarn-mscale", "longrope", "longrope-factor"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_say_what_transformers_says(settled: Callable[[str], Settled], kind: str) -> None:
+    cases = [settled(name) for name, (own, _) in VARIANTS.items() if own == kind and name not in ALONE]
+    rounds = [(each.folder, [reference.prompt for reference in each.references]) for each in (*cases, cases[0])]
+
+    first, second = ranks.run(2, lambda link, number: ranks.continue_prompts(link, *rounds[number]), len(rounds))
+
+    assert [digest for digest, _ in first] == [digest for digest, _ in second], "equal bits between ranks"
+    assert first[0][0] == first[-1][0], "equal bits between runs"
+    for each, (_, courses) in zip(cases, first, strict=False):
+        for course, reference in zip(courses, each.references, strict=True):
+            assert tuple(course.ids) == reference.ids
+            assert tiny_models.relative_error(course.rows, reference.logits) < tiny_models.TOLERANCE
