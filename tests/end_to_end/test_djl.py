@@ -360,3 +360,8 @@ def test_python_engine_starts_its_own_ranks(model: Model, python: list[str]) -> 
         check(host.version, one)
     assert json.loads(single.content[0][1]) == [{"generated_text": model.truth(PROMPTS[0], {"temperature": 0.0}).text}]
     assert len(ranks) == 3, "of this process and its two ranks"
+
+
+def test_first_version_rolls_batches_even_with_disable(model: Model, start: Any) -> None:
+    with start(VERSIONS[0], rolling_batch="disable") as host:
+        assert told(host) == model.truth(PROMPTS[0], {"temperature": 0.0}).text
