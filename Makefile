@@ -51,7 +51,9 @@ $(STAMPS)/base: .ci/constraints.txt
 
 # Editable: Python sources are used where they are; this builds the kernels, too. Once all is installed, a change of the kernels
 # costs only their build.
-INSTALL := $(PIP) --no-build-isolation --editable
+# The CUDA column takes a minute to build: here only where there is a GPU (LMI_CUDA=ON: always; a wheel: wherever there is nvcc).
+LMI_CUDA ?= $(if $(wildcard /dev/nvidia0),ON,OFF)
+INSTALL := $(PIP) --no-build-isolation --config-settings=cmake.define.LMI_CUDA=$(LMI_CUDA) --editable
 
 $(STAMPS)/dev: $(STAMPS)/base pyproject.toml
 	$(INSTALL) '.[dev]'

@@ -4,10 +4,11 @@
 #pragma once
 #include "lmi_kernels.h"
 
-#define LMI_OPERATIONS(DO)                                                                                              \
+#define LMI_RANK_OPERATIONS(DO) DO(all_reduce) DO(gather)
+#define LMI_MODEL_OPERATIONS(DO)                                                                                        \
   DO(rms_norm) DO(layer_norm) DO(rotary) DO(attention) DO(linear_pack) DO(linear) DO(grouped_linear) DO(lora)           \
-  DO(activation) DO(embedding) DO(moe_route) DO(moe_gather) DO(moe_combine) DO(penalize) DO(sample) DO(logprobs)         \
-  DO(all_reduce) DO(gather)
+  DO(activation) DO(embedding) DO(moe_route) DO(moe_gather) DO(moe_combine) DO(penalize) DO(sample) DO(logprobs)
+#define LMI_OPERATIONS(DO) LMI_MODEL_OPERATIONS(DO) LMI_RANK_OPERATIONS(DO)
 
 namespace lmi {
 

@@ -1,7 +1,6 @@
 /* What the library exports: the header's functions, each handed on to the instruction level that was chosen, with errors
  * turned into a status and a message of this thread. */
 #include <cstring>
-#include <new>
 #include <string>
 
 #if defined(LMI_HAS_AMX) && !defined(LMI_AMX_TWIN)
@@ -10,9 +9,9 @@
 #include <unistd.h>
 #endif
 
-#include "common/check.h"
 #include "common/link.h"
 #include "common/operations.h"
+#include "common/status.h"
 #include "common/threads.h"
 #include "cpu/linear_layout.h"
 #include "lmi_kernels.h"
@@ -79,25 +78,6 @@ const Level *best_level() {
 }
 
 const Level *chosen = best_level();
-thread_local std::string message;
-
-/* Runs fn and tells how it went. Nothing leaves as an exception. */
-template <class Function>
-lmi_status guard(const char *operation, Function fn) {
-  try {
-    fn();
-    return LMI_OK;
-  } catch (const lmi::Error &error) {
-    message = std::string(operation) + ": " + error.what();
-    return error.status;
-  } catch (const std::bad_alloc &) {
-    message = std::string(operation) + ": out of memory for scratch";
-    return LMI_DEVICE_ERROR;
-  } catch (const std::exception &error) {
-    message = std::string(operation) + ": " + error.what();
-    return LMI_DEVICE_ERROR;
-  }
-}
 
 void choose_level(const char *name) {
   if (!name) lmi::refuse("level is absent; it must be base, avx2, avx512, avx512bf16, amx or best");
@@ -118,7 +98,7 @@ void choose_level(const char *name) {
 
 int32_t lmi_abi_version(void) { return LMI_ABI_VERSION; }
 
-const char *lmi_error_message(void) { return message.c_str(); }
+const char *lmi_error_message(void) { return lmi::last_message().c_str(); }
 
 const char *lmi_describe(void) {
   static thread_local std::string text;
@@ -129,14 +109,14 @@ const char *lmi_describe(void) {
 }
 
 lmi_status lmi_set_threads(int32_t num_threads) {
-  return guard("set_threads", [&] {
+  return lmi::guard("set_threads", [&] {
     lmi::check_range("num_threads", num_threads, 1, 256);
     lmi::set_threads(num_threads);
   });
 }
 
 lmi_status lmi_set_level(const char *level) {
-  return guard("set_level", [&] { choose_level(level); });
+  return lmi::guard("set_level", [&] { choose_level(level); });
 }
 
 int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_features, int32_t dtype, int32_t format, int64_t group,
@@ -149,12 +129,12 @@ int64_t lmi_link_bytes(int32_t size) { return lmi::Link::bytes(size); }
 int64_t lmi_link_begin(const lmi_link *link, int64_t turn) { return lmi::Link(*link).begin(turn); }
 
 lmi_status lmi_link_drop(const lmi_link *link, const char *reason) {
-  return guard("link_drop", [&] { lmi::Link(*link).drop(reason); });
+  return lmi::guard("link_drop", [&] { lmi::Link(*link).drop(reason); });
 }
 
 #define LMI_EXPORT(name)                                                              \
   lmi_status lmi_##name(const lmi_##name##_args *args, lmi_stream) {                  \
-    return guard(#name, [&] {                                                         \
+    return lmi::guard(#name, [&] {                                                         \
       lmi::require(args != nullptr, "the argument struct is absent");                 \
       chosen->operations->name(*args);                                                \
     });                                                                               \

@@ -11,6 +11,9 @@
  *  - every operation takes one argument struct, which the caller keeps alive until the stream has run it, and returns
  *    LMI_OK, or an error whose sentence lmi_error_message() gives. Nothing throws, prints or exits.
  *  - out may alias x where a line says "in place".
+ *  - shapes and dtypes are checked before anything runs. Values inside of tensors (rows, slots, ids, starts, lengths, tables, settings)
+ *    are refused by the CPU column; a column on a device has not seen them when its call returns: entries out of range are passed over, and
+ *    a row of logits that cannot be drawn from gets a negative id or rank.
  */
 #ifndef LMI_KERNELS_H
 #define LMI_KERNELS_H
@@ -46,10 +49,11 @@ LMI_API int32_t lmi_abi_version(void);
 LMI_API const char *lmi_error_message(void);
 /* What was compiled in and what this machine chose, for people: "cpu avx512 (base avx2 avx512 avx512bf16 amx)". */
 LMI_API const char *lmi_describe(void);
-/* Number of threads that share an operation, from now on (1 to 256). Not while another thread is in a call. */
+/* Number of threads that share an operation, from now on (1 to 256). Not while another thread is in a call. No effect on a device. */
 LMI_API lmi_status lmi_set_threads(int32_t num_threads);
 /* Caps the instruction set to "base", "avx2", "avx512", "avx512bf16", "amx" or, with "best", to what this machine has; LMI_UNSUPPORTED if
- * it lacks the level. Packed weights are the same at every level. */
+ * it lacks the level. Packed weights are the same at every level. On CUDA only "best": that there is a device
+ * which runs this library. */
 LMI_API lmi_status lmi_set_level(const char *level);
 
 /* ---- norms ---- */

@@ -113,11 +113,14 @@ class Operation:
 
 
 class Library:
-    """One opened column. Its functions may be called from any thread; the GIL is not held meanwhile."""
+    """One opened column. Its functions may be called from any thread; the GIL is not held meanwhile. On a CUDA device calls go to
+    torch's current stream and return before they have run."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises KernelError when the library cannot be opened, lacks a function of its header or is of another version."""
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        """device: type of device on which tensors must lie. Raises KernelError when the library cannot be opened, lacks a function
+        of its header or is of another version."""
         self.path = path.resolve()
+        self.device = device
         self.header = Header.read(self.path.with_name("lmi_kernels.h"))
         try:
             library = ctypes.CDLL(str(self.path))
@@ -144,7 +147,7 @@ class Library:
                 self._write_tensor(args, offset, field, value)
             elif value is not None and number is not None:
                 number.pack_into(args, offset, value)
-        self.check(operation.function(args, None))
+        self.check(operation.function(args, torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None))
 
     def check(self, status: int) -> None:
         """Raises KernelError unless status is LMI_OK; RankError where another rank is the cause."""
@@ -169,7 +172,7 @@ class Library:
     def _write_tensor(self, args: ctypes.Structure, offset: int, name: str, value: torch.Tensor) -> None:
         """lmi_tensor that looks at value's memory. A struct.pack costs half of what a ctypes constructor does."""
         size, dtype = value.shape, self._dtypes.get(value.dtype)
-        if not value.is_cpu or dtype is None or not 0 < len(size) <= MAX_DIMS:
+        if value.device.type != self.device or dtype is None or not 0 < len(size) <= MAX_DIMS:
             raise KernelError(f"{name} is a tensor {list(size)} of {value.dtype} on {value.device}, which this column cannot take")
         _TENSORS[len(size)].pack_into(args, offset, value.data_ptr(), *size, *value.stride(), len(size), dtype)
 

@@ -38,7 +38,7 @@ def activation(x: Tensor, kind: Activation, *, gated: bool) -> Tensor:
     library = column.library()
     if library is None:
         return activation_torch(x, kind, gated=gated)
-    out = torch.empty((x.shape[0], x.shape[-1] // 2 if gated else x.shape[-1]), dtype=x.dtype)
+    out = torch.empty((x.shape[0], x.shape[-1] // 2 if gated else x.shape[-1]), dtype=x.dtype, device=x.device)
     library.call("activation", out=out, x=x, activation=code, gated=gated)
     return out
 

@@ -43,7 +43,7 @@ def attention(
             q, k_cache, v_cache, starts, key_lengths, tables, scale=scale, causal=causal, window=window, soft_cap=soft_cap,
             alibi=alibi, relative_bias=relative_bias, max_distance=max_distance,
         )  # fmt: skip
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     library.call(
         "attention", out=out, q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, key_lengths=key_lengths, tables=tables,
         alibi=alibi, relative_bias=relative_bias, scale=scale, soft_cap=soft_cap, causal=causal, window=window,

@@ -1,5 +1,6 @@
-"""Which column runs the operations: the CPU library where it is built, or torch. Chosen once for the process; every operation looks
-here. Chosen apart from a tensor's device, so that tests can run any column on the same tensors."""
+"""Which column runs the operations: a library (CPU, CUDA, or for tests the CUDA column's stand-in on a CPU) or torch. Chosen once
+for the process; every operation looks here. Chosen apart from a tensor's device, so that tests can run any column on the same
+tensors."""
 
 import logging
 import os
@@ -15,6 +16,8 @@ from lmi_dist.errors import KernelError
 from lmi_dist.ops.abi import Library, find_library
 
 logger = logging.getLogger(__name__)
+
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "sim": "cpu"}  # of a column's tensors
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ _libraries: dict[Path, Library] = {}  # opened once for the process: the loader 
 def select(column: str = "auto", num_threads: int | None = None, *, path: Path | None = None) -> str:
     """Take a column for all operations from now on, with num_threads (None: as many as this process may use CPUs).
 
-    column: "auto" (the CPU library if it is built, else torch), "cpu" or "torch". path: that library instead of the installed one.
-    Returns and logs what was taken. Raises KernelError when "cpu" is asked for and there is no library, or it cannot be opened."""
+    column: "auto" (the CPU library if it is built, else torch), "cpu", "cuda", "torch", or "sim" for tests. path: that library
+    instead of the installed one. Returns and logs what was taken. Raises KernelError when a library is asked for that is not there,
+    cannot be opened, or does not run on this machine."""
     global _chosen
     _chosen = _open(column, num_threads or len(os.sched_getaffinity(0)), path)
     logger.info("kernels: %s", _chosen.description)
@@ -91,15 +95,21 @@ def using(
 
 
 def _open(column: str, num_threads: int, path: Path | None) -> Column:
-    if column not in ("auto", "cpu", "torch"):
-        raise KernelError(f"column={column!r} must be auto, cpu or torch")
-    path = path or find_library(list(lmi_dist.ops.__path__))
+    if column not in ("auto", "torch", *DEVICES):
+        raise KernelError(f"column={column!r} must be auto, torch, {', '.join(DEVICES)}")
+    name = "cpu" if column in ("auto", "torch") else column
+    path = path or find_library(list(lmi_dist.ops.__path__), f"liblmi_{name}.so")
     if column == "torch" or (column == "auto" and path is None):
         torch.set_num_threads(num_threads)
         return Column("torch", None, num_threads, f"torch{'' if path else ' (library not built)'}, {num_threads} threads")
     if path is None:
-        raise KernelError("kernels=cpu needs liblmi_cpu.so, which is not built; install the package, or use torch")
-    opened = _libraries.get(path) or _libraries.setdefault(path, Library(path))
+        raise KernelError(f"kernels={name} needs liblmi_{name}.so, which is not built; install the package{_ways_out(name)}")
+    opened = _libraries.get(path) or _libraries.setdefault(path, Library(path, DEVICES[name]))
+    opened.set_level("best")
     opened.set_threads(num_threads)
     torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the library's CPUs
-    return Column("cpu", opened, num_threads, f"{opened.describe()}, {num_threads} threads")
+    return Column(name, opened, num_threads, f"{opened.describe()}, {num_threads} threads")
+
+
+def _ways_out(name: str) -> str:
+    return " where there is nvcc, or use cpu" if name == "cuda" else ", or use torch"

@@ -13,7 +13,7 @@ def embedding(ids: Tensor, table: Tensor, *, first_id: int = 0, scale: float = 1
     library = column.library()
     if library is None:
         return embedding_torch(ids, table, first_id=first_id, scale=scale)
-    out = torch.empty((ids.shape[0], table.shape[-1]), dtype=table.dtype)
+    out = torch.empty((ids.shape[0], table.shape[-1]), dtype=table.dtype, device=table.device)
     library.call("embedding", out=out, ids=ids, table=table, first_id=first_id, scale=scale)
     return out
 

@@ -131,7 +131,7 @@ def pack_experts(
         held = dtype if format == "dense" else torch.float32
         memory = torch.empty((num_experts, out_features, in_features), dtype=held)
     else:
-        memory = torch.empty((num_experts, shape.packed_bytes(library)), dtype=torch.uint8)
+        memory = torch.empty((num_experts, shape.packed_bytes(library)), dtype=torch.uint8, device=library.device)
     return [PackedWeight(shape, library, data) for data in memory]
 
 
@@ -235,7 +235,7 @@ def grouped_linear_torch(
 
 def _new_out(x: Tensor, shape: WeightShape, out_dtype: torch.dtype | None) -> Tensor:
     width = shape.out_features // 2 if shape.gated else shape.out_features
-    return torch.empty((x.shape[0], width), dtype=out_dtype or x.dtype)
+    return torch.empty((x.shape[0], width), dtype=out_dtype or x.dtype, device=x.device)
 
 
 def _memory_of(experts: Sequence[PackedWeight]) -> Tensor:

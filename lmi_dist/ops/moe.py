@@ -26,10 +26,10 @@ def moe_route(logits: Tensor, top_k: int, *, renormalize: bool) -> Routing:
         return moe_route_torch(logits, top_k, renormalize=renormalize)
     num_tokens = logits.shape[0]
     routing = Routing(
-        torch.empty((num_tokens, top_k), dtype=torch.float32),
-        torch.empty((num_tokens, top_k), dtype=torch.int32),
-        torch.empty(num_tokens * top_k, dtype=torch.int32),
-        torch.empty(logits.shape[-1] + 1, dtype=torch.int32),
+        torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device),
+        torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device),
+        torch.empty(num_tokens * top_k, dtype=torch.int32, device=logits.device),
+        torch.empty(logits.shape[-1] + 1, dtype=torch.int32, device=logits.device),
     )
     library.call("moe_route", logits=logits, **routing._asdict(), renormalize=renormalize)
     return routing
@@ -55,7 +55,7 @@ def moe_gather(x: Tensor, order: Tensor) -> Tensor:
     library = column.library()
     if library is None:
         return moe_gather_torch(x, order)
-    out = torch.empty((order.shape[0], x.shape[-1]), dtype=x.dtype)
+    out = torch.empty((order.shape[0], x.shape[-1]), dtype=x.dtype, device=x.device)
     library.call("moe_gather", out=out, x=x, order=order)
     return out
 
@@ -73,7 +73,7 @@ def moe_combine(y: Tensor, weights: Tensor, order: Tensor, *, residual: Tensor |
     library = column.library()
     if library is None:
         return moe_combine_torch(y, weights, order, residual=residual)
-    out = torch.empty((weights.shape[0], y.shape[-1]), dtype=y.dtype)
+    out = torch.empty((weights.shape[0], y.shape[-1]), dtype=y.dtype, device=y.device)
     library.call("moe_combine", out=out, y=y, weights=weights, order=order, residual=residual)
     return out
 

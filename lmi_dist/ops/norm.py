@@ -13,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor |
     library = column.library()
     if library is None:
         return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     library.call("rms_norm", out=out, x=x, residual=residual, weight=weight, eps=eps, weight_offset=weight_offset)
     return out
 
@@ -33,7 +33,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     library = column.library()
     if library is None:
         return layer_norm_torch(x, weight, bias, eps, residual=residual)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     library.call("layer_norm", out=out, x=x, residual=residual, weight=weight, bias=bias, eps=eps)
     return out
 

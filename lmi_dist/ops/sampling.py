@@ -109,11 +109,12 @@ def sample(
     library = column.library()
     if library is None:
         return sample_torch(logits, temperature, top_k, top_p, typical_p, min_p, seeds, positions)
-    ids = torch.empty(logits.shape[:1], dtype=torch.int32)
+    ids = torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
     library.call(
         "sample", logits=logits, temperature=temperature, top_k=top_k, top_p=top_p, typical_p=typical_p, min_p=min_p, seeds=seeds,
         positions=positions, ids=ids,
     )  # fmt: skip
+    _check_told("sample", ids)
     return ids
 
 
@@ -214,9 +215,10 @@ def logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Ten
     if library is None:
         return logprobs_torch(logits, ids, top)
     rows = logits.shape[0]
-    values, ranks = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int32)
-    top_values, top_ids = torch.empty((rows, top), dtype=torch.float32), torch.empty((rows, top), dtype=torch.int32)
+    values, top_values = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((rows,), (rows, top)))
+    ranks, top_ids = (torch.empty(shape, dtype=torch.int32, device=logits.device) for shape in ((rows,), (rows, top)))
     library.call("logprobs", logits=logits, ids=ids, values=values, ranks=ranks, top_values=top_values, top_ids=top_ids)
+    _check_told("logprobs", ranks)
     return values, ranks, top_values, top_ids
 
 
@@ -244,6 +246,13 @@ def _check_rows(shapes: Shapes, logits: Tensor) -> None:
     bad = ~(logits.max(-1).values > -math.inf)  # a NaN is the maximum of its row
     row = int(bad.int().argmax()) if len(logits) else 0
     shapes.require(not bad.any(), f"row {row} of logits has a NaN, or no logit above -infinity")
+
+
+def _check_told(operation: str, results: Tensor) -> None:
+    """A column on a device cannot refuse a row before its call returns: it writes a negative number for it."""
+    bad = (results < 0).nonzero()
+    if len(bad):
+        raise KernelError(f"{operation}: row {int(bad[0])} of logits has a NaN, or no logit above -infinity")
 
 
 def _first_max(values: Tensor) -> int:

@@ -1,8 +1,9 @@
-"""Which library, instruction levels and numbers of threads the kernel tests use.
+"""Which columns, instruction levels and numbers of threads the kernel tests use.
 
-A test that takes `library` runs with that library chosen as the column: at the best level of this machine with 1 and 2 threads, and
-at each other level with 2, since how rows are shared does not depend on the level. The sanitizer test runs these same tests on
-another library: --library=PATH --levels=base,best --threads=2.
+A test that takes `library` runs with that library chosen as the column: the CPU's at the best level of this machine with 1 and 2
+threads, and at each other level with 2, since how rows are shared does not depend on the level; and the CUDA column on its
+stand-in, whose levels are orders of threads. A test marked `cpu_column` is about what only the CPU's promises. The sanitizer test
+runs these same tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,15 @@ from lmi_dist import ops
 from lmi_dist.errors import KernelError
 from lmi_dist.ops.abi import Library, find_library
 
+ORDERS = ("forward", "reverse", "random")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_column: not for the CUDA column")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--column", default="", help="the only column to test: cpu or sim; default: both")
     parser.addoption("--library", default="", help="kernel library to test instead of the installed one")
     parser.addoption("--levels", default="", help="instruction levels to test, by commas; default: all that run here")
     parser.addoption("--threads", default="", help="numbers of threads to test, by commas; default: 1,2")
@@ -23,11 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
-        wanted = option(metafunc.config, "levels")
-        levels = wanted.split(",") if wanted else runnable(metafunc.config)
-        threads = [int(each) for each in (option(metafunc.config, "threads") or "1,2").split(",")]
-        backends = [(level, each) for level in levels for each in (threads if level == levels[-1] else threads[-1:])]
-        metafunc.parametrize("library", backends, ids=[f"{level}-{each}" for level, each in backends], indirect=True)
+        only_cpu = any(mark.name == "cpu_column" for mark in metafunc.definition.iter_markers())
+        backends = [each for each in backends_of(metafunc.config) if not (only_cpu and each[0] == "sim")]
+        names = ["-".join(map(str, each)) for each in backends]
+        metafunc.parametrize("library", backends, ids=names, indirect=True)
+
+
+def backends_of(config: pytest.Config) -> list[tuple[str, str, int]]:
+    """Column, level and number of threads."""
+    wanted = [option(config, "column")] if option(config, "column") else ["cpu", "sim"]
+    levels = {"cpu": option(config, "levels").split(",") if option(config, "levels") else None, "sim": ORDERS}
+    threads = [int(each) for each in (option(config, "threads") or "1,2").split(",")]
+    backends = []
+    for column in wanted:
+        own = levels[column] or runnable(config)
+        for level in own:
+            numbers = [1] if column == "sim" else threads if level == own[-1] else threads[-1:]
+            backends += [(column, level, number) for number in numbers]
+    return backends
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,8 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Iterator[Library]:
     """The library under test as the chosen column, at one level and number of threads."""
-    level, threads = request.param
-    with ops.using("cpu", threads, path=library_path(request.config), level=level) as opened:
+    column, level, threads = request.param
+    with ops.using(column, threads, path=library_path(request.config, column), level=level) as opened:
         assert opened is not None
         yield opened
 
@@ -52,10 +73,10 @@ def column(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def library_path(config: pytest.Config) -> Path:
-    wanted = option(config, "library")
-    path = Path(wanted) if wanted else find_library(list(ops.__path__))
-    assert path is not None, "liblmi_cpu.so is not built: install the package first"
+def library_path(config: pytest.Config, column: str = "cpu") -> Path:
+    wanted, name = option(config, "library"), f"liblmi_{column}.so"
+    path = Path(wanted) if wanted else find_library(list(ops.__path__), name)
+    assert path is not None, f"{name} is not built: install the package first"
     return path
 
 

@@ -53,6 +53,7 @@ def test_header_reader_finds_every_declaration(header: Header) -> None:
     assert set(header.structs) == set(re.findall(r"\} (lmi_\w+);", code))
 
 
+@pytest.mark.cpu_column
 def test_installed_header_is_the_sources(library: Library) -> None:
     assert library.path.with_name("lmi_kernels.h").read_text() == (INCLUDE / "lmi_kernels.h").read_text()
 
@@ -62,6 +63,7 @@ def test_unknown_type_in_header_is_refused() -> None:
         Header.parse("#define LMI_ABI_VERSION 1\ntypedef struct {\n  double eps;\n} lmi_norm_args;\n")
 
 
+@pytest.mark.cpu_column
 def test_library_without_header_is_refused(library: Library, tmp_path: Path) -> None:
     shutil.copy(library.path, tmp_path)
 
@@ -69,6 +71,7 @@ def test_library_without_header_is_refused(library: Library, tmp_path: Path) -> 
         Library(tmp_path / library.path.name)
 
 
+@pytest.mark.cpu_column
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
@@ -85,6 +88,7 @@ def test_library_of_another_header_is_refused(library: Library, tmp_path: Path, 
         Library(tmp_path / library.path.name)
 
 
+@pytest.mark.cpu_column
 def test_file_that_is_no_library_is_refused(library: Library, tmp_path: Path) -> None:
     shutil.copy(library.path.with_name("lmi_kernels.h"), tmp_path)
     (tmp_path / "liblmi_cpu.so").write_text("not a library")
@@ -100,6 +104,7 @@ def test_library_is_found_in_a_later_folder(tmp_path: Path) -> None:
     assert find_library([str(tmp_path / "absent")]) is None
 
 
+@pytest.mark.cpu_column
 def test_status_says_whose_fault_it_is(library: Library) -> None:
     args = library.header.structs["lmi_activation_args"]()
 
@@ -123,6 +128,7 @@ def test_last_dimension_must_lie_together(library: Library) -> None:
         library.call("activation", out=rand(2, 3), x=rand(2, 6)[:, ::2])
 
 
+@pytest.mark.cpu_column
 def test_packed_bytes_are_zero_for_what_cannot_be(library: Library) -> None:
     packed_bytes = library.function("linear_packed_bytes")
 

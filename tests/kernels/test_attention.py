@@ -143,9 +143,12 @@ def test_kernel_uses_the_same_buckets(library: Library, num_buckets: int, max_di
 @by_option
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_matches_twin(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Tensor cores take the weights rounded to the dtype: half a unit of each, times values of up to 4."""
     batch = Batch.of((130, 1, 600, 64, 17), (130, 1, 3, 1, 0), dtype=dtype)
+    rounds_weights = library.path.name != "liblmi_cpu.so"
 
-    assert_close(batch.run(**options), batch.twin(**options), factor=FACTORS[dtype])
+    factor = max(FACTORS[dtype], 4 if rounds_weights else 1)
+    assert_close(batch.run(**options), batch.twin(**options), factor=factor)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (7, 1), (32, 4)])
@@ -197,13 +200,14 @@ def test_batch_without_rows_is_empty(column: str) -> None:
 
 # ---- the same bits ----
 
-LONG = 1300  # more than two splits
-# fp32, since rounding to halves would hide most differences, and bf16, which some levels multiply in another way
+LONG = {"cpu": 1300, "sim": 600}  # more than two splits, one on the stand-in, which is slow
+# fp32, since rounding to halves would hide most differences, and bf16, which some columns and levels multiply in another way
 by_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def whole(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Batch, Tensor]:
-    batch = Batch.of((LONG,), (LONG,), heads=(4, 2), size=16, dtype=dtype)
+def whole(library: Library, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Batch, Tensor]:
+    long = LONG[library.path.stem.removeprefix("liblmi_")]
+    batch = Batch.of((long,), (long,), heads=(4, 2), size=16, dtype=dtype)
     return batch, batch.run(**options)
 
 
@@ -219,9 +223,10 @@ by_same_bits = pytest.mark.parametrize("options", SAME_BITS.values(), ids=SAME_B
 @by_width
 @by_same_bits
 def test_chunks_of_seven_give_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
-    batch, expected = whole(dtype, **options)
+    batch, expected = whole(library, dtype, **options)
 
-    chunks = [part(batch, first, min(first + 7, LONG)).run(**options) for first in range(0, LONG, 7)]
+    long = batch.lengths[0]
+    chunks = [part(batch, first, min(first + 7, long)).run(**options) for first in range(0, long, 7)]
 
     assert same_bits(torch.cat(chunks), expected)
 
@@ -229,8 +234,8 @@ def test_chunks_of_seven_give_the_same_bits(library: Library, options: dict[str,
 @by_width
 @by_same_bits
 def test_decoding_gives_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
-    batch, expected = whole(dtype, **options)
-    rows = [*range(140), *range(505, 520), *range(1020, 1030), *range(1270, LONG)]
+    batch, expected = whole(library, dtype, **options)
+    rows = [row for row in (*range(140), *range(505, 520), *range(1020, 1030), *range(1270, 1300)) if row < batch.lengths[0]]
 
     alone = [part(batch, row, row + 1).run(**options) for row in rows]
 
@@ -240,25 +245,27 @@ def test_decoding_gives_the_same_bits(library: Library, options: dict[str, Any],
 @by_same_bits
 def test_batching_gives_the_same_bits(library: Library, options: dict[str, Any]) -> None:
     """The prompt's second half as a chunk, among others, and a decode of the same keys."""
-    batch, expected = whole(**options)
+    batch, expected = whole(library, **options)
+    long, half = batch.lengths[0], batch.lengths[0] // 2
     others = rand(10, 4, 16, seed=9)
     crowd = replace(
         batch,
-        q=torch.cat([others[:3], batch.q[600:], others[3:], batch.q[-1:]]),
+        q=torch.cat([others[:3], batch.q[half:], others[3:], batch.q[-1:]]),
         tables=batch.tables.expand(4, -1),
-        queries=(3, LONG - 600, 7, 1),
-        lengths=(900, LONG, 7, LONG),
+        queries=(3, long - half, 7, 1),
+        lengths=(long - 100, long, 7, long),
     )
 
     out = crowd.run(**options)
 
-    assert same_bits(out[3 : 3 + LONG - 600], expected[600:])
+    assert same_bits(out[3 : 3 + long - half], expected[half:])
     assert same_bits(out[-1:], expected[-1:])
 
 
+@pytest.mark.cpu_column
 def test_threads_do_not_change_bits(library: Library, request: pytest.FixtureRequest) -> None:
-    batch, expected = whole()
-    decode = part(batch, LONG - 1, LONG)
+    batch, expected = whole(library)
+    decode = part(batch, batch.lengths[0] - 1, batch.lengths[0])
     results = []
 
     for threads in (1, 2, 3, 7):
@@ -268,16 +275,38 @@ def test_threads_do_not_change_bits(library: Library, request: pytest.FixtureReq
     assert all(same_bits(prefill, expected) and same_bits(row, expected[-1:]) for prefill, row in results)
 
 
-@by_width
-def test_unseen_keys_do_not_change_bits(library: Library, dtype: torch.dtype) -> None:
+def test_unseen_keys_do_not_change_bits(library: Library) -> None:
     """Keys after a row, and before its window, may be anything."""
-    batch, expected = whole(dtype, window=19)
-    for cache in (batch.k_cache, batch.v_cache):
-        flat = cache[batch.tables[0, : -(-LONG // BLOCK_SIZE)].long()].transpose(1, 2).flatten(0, 1)
-        flat[:600] = flat[700:] = NAN
-        cache[batch.tables[0, : len(flat) // BLOCK_SIZE].long()] = flat.unflatten(0, (-1, BLOCK_SIZE)).transpose(1, 2)
+    check_unseen_keys(library, torch.float32)
 
-    assert same_bits(batch.run(window=19)[618:700], expected[618:700])
+
+@pytest.mark.cpu_column  # tensor cores take what any row of a unit sees times 0, which is no number for a NaN
+def test_unseen_keys_do_not_change_bits_of_halves(library: Library) -> None:
+    check_unseen_keys(library, torch.bfloat16)
+
+
+def check_unseen_keys(library: Library, dtype: torch.dtype) -> None:
+    batch, expected = whole(library, dtype, window=19)
+    num_blocks = -(-batch.lengths[0] // BLOCK_SIZE)
+    for cache in (batch.k_cache, batch.v_cache):
+        flat = cache[batch.tables[0, :num_blocks].long()].transpose(1, 2).flatten(0, 1)
+        flat[:400] = flat[500:] = NAN
+        cache[batch.tables[0, :num_blocks].long()] = flat.unflatten(0, (-1, BLOCK_SIZE)).transpose(1, 2)
+
+    assert same_bits(batch.run(window=19)[418:500], expected[418:500])
+
+
+@by_width
+def test_chunks_of_all_sizes_give_the_same_bits(library: Library, dtype: torch.dtype) -> None:
+    """Few rows are cut by splits, many by units."""
+    batch, expected = whole(library, dtype)
+    long = batch.lengths[0]
+
+    large = [part(batch, first, min(first + 90, long)).run() for first in range(0, long, 90)]
+    small = part(batch, long - 20, long).run()
+
+    assert same_bits(torch.cat(large), expected)
+    assert same_bits(small, expected[-20:])
 
 
 def test_blocks_before_the_window_may_be_gone(library: Library) -> None:

@@ -139,6 +139,7 @@ def test_linear_bits_do_not_depend_on_number_of_rows(library: Library, dtype: to
 
 
 @pytest.mark.parametrize("format", ["dense", "int8", "int4"])
+@pytest.mark.cpu_column
 def test_linear_bits_do_not_depend_on_threads(library: Library, format: Format) -> None:
     weight = packed((200, 600), weights((200, 600), torch.bfloat16, format, 4, 1), torch.bfloat16)
     x = rand(40, 600, dtype=torch.bfloat16)
@@ -198,7 +199,7 @@ def test_grouped_linear_is_one_linear_an_expert(library: Library, dtype: torch.d
 def test_grouped_linear_matches_twin(library: Library) -> None:
     x, starts = rand(60, 40), torch.tensor([0, 13, 13, 60]).int()
     results = []
-    for column in ("cpu", "torch"):
+    for column in (library.path.stem.removeprefix("liblmi_"), "torch"):
         with ops.using(column, 1, path=library.path):
             experts = ops.pack_experts(3, 70, 40, torch.float32)
             for index, expert in enumerate(experts):

@@ -138,6 +138,7 @@ FILTERS = [
 ]
 
 
+@pytest.mark.cpu_column  # thousands of rows; on the stand-in, agreement with the twin says the same
 @pytest.mark.parametrize("given", FILTERS)
 def test_kernel_draws_from_exactly_what_is_left(library: Library, given: dict[str, Any]) -> None:
     logits = rand(12, seed=4)
@@ -188,6 +189,7 @@ def test_rows_have_settings_of_their_own(library: Library) -> None:
 # ---- draws ----
 
 
+@pytest.mark.cpu_column
 @pytest.mark.parametrize(("given", "temperature"), [({}, 1.0), ({}, 0.5), ({"top_k": 6}, 1.0), ({"top_p": 0.9}, 2.0)])
 def test_frequencies_are_the_probabilities(library: Library, given: dict[str, Any], temperature: float) -> None:
     """Chi-square of 40,000 draws with fixed seeds: fewer than 20 degrees of freedom, and with 19, above 50 is less likely than 1 in

@@ -58,7 +58,17 @@ def environment() -> dict[str, str]:
 
 
 def test_kernels_pass_under_sanitizers(environment: dict[str, str]) -> None:
-    tests = [sys.executable, "-m", "pytest", "tests/kernels", f"--library={LIBRARY}", "--levels=base,best", "--threads=2", "-x"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/kernels",
+        "--column=cpu",
+        f"--library={LIBRARY}",
+        "--levels=base,best",
+        "--threads=2",
+        "-x",
+    ]
 
     output = run([*tests, "-k", "not bits"], env=environment)  # those repeat what others run, to compare it
 
@@ -67,7 +77,15 @@ def test_kernels_pass_under_sanitizers(environment: dict[str, str]) -> None:
 
 def test_amx_level_is_right_with_its_instructions_in_c(environment: dict[str, str]) -> None:
     """Few machines have AMX: the same sources on twins of its instructions (kernels/common/amx_twin.h), bits included."""
-    tests = [sys.executable, "-m", "pytest", "tests/kernels/test_linear.py", f"--library={LIBRARY}", "--levels=amx-emulated"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/kernels/test_linear.py",
+        "--column=cpu",
+        f"--library={LIBRARY}",
+        "--levels=amx-emulated",
+    ]
 
     output = run([*tests, "--threads=2", "-x"], env=environment)
 

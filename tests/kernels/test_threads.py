@@ -12,6 +12,8 @@ from kernel_cases import rand, same_bits
 from lmi_dist import ops
 from lmi_dist.ops.abi import Library
 
+pytestmark = pytest.mark.cpu_column
+
 
 def test_calls_from_many_threads_give_the_same(library: Library) -> None:
     weight, x = ops.pack_linear(256, 512, torch.float32), rand(40, 512)

@@ -1,0 +1,169 @@
+/* Attention over blocks, for prefill and decode alike: checks, the choice of a kernel, memory for splits. Lengths, starts and
+ * tables are on the device, so the host launches as many blocks as the GPU runs at once, and they find their work. Blocks that a
+ * table names are taken as they are. */
+#include <cmath>
+
+#include "cuda/attention_bias.cuh"
+#include "cuda/attention_tiles.cuh"
+
+#include "cuda/attention_plain.cuh"
+#include "cuda/operations.cuh"
+
+namespace lmi::cuda {
+namespace {
+
+/* ---- relative bias ---- */
+
+/* As the CPU column computes it, in float. */
+int far_bucket(int size, int exact, int num_far, int max_distance) {
+  const float ratio = std::log(static_cast<float>(size) / static_cast<float>(exact));
+  const float range = static_cast<float>(std::log(static_cast<double>(max_distance) / static_cast<double>(exact)));
+  return std::min(static_cast<int>(ratio / range * static_cast<float>(num_far)), num_far - 1);
+}
+
+Buckets buckets_of(int num_buckets, int max_distance, bool is_causal) {
+  Buckets buckets{};
+  buckets.is_causal = is_causal;
+  buckets.half = is_causal ? num_buckets : num_buckets / 2;
+  buckets.exact = buckets.half / 2;
+  buckets.num_far = buckets.half - buckets.exact;
+  for (int i = 0; i < buckets.num_far; ++i) {
+    int low = buckets.exact, high = max_distance; /* the least size whose bucket is at least i; bucket(max_distance) is the last */
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (far_bucket(middle, buckets.exact, buckets.num_far, max_distance) >= i) high = middle;
+      else low = middle + 1;
+    }
+    buckets.from[i] = low;
+  }
+  return buckets;
+}
+
+void make_bias(const lmi_attention_args &args, float *table, cudaStream_t stream) {
+  const int num_buckets = static_cast<int>(args.relative_bias.size[0]);
+  const Shape shape{static_cast<unsigned>(2 * args.max_distance + 1), threads_for(args.q.size[1], 128)};
+  launch("attention bias", bias_kernel, shape, stream, table, args.relative_bias, buckets_of(num_buckets, args.max_distance, args.causal != 0),
+         static_cast<int>(args.q.size[1]), args.max_distance);
+}
+
+/* ---- checks ---- */
+
+void check_bias(const lmi_attention_args &args) {
+  if (!is_given(args.relative_bias)) return;
+  check_dims("relative_bias", args.relative_bias, 2);
+  const int64_t buckets = args.relative_bias.size[0];
+  check("relative_bias", args.relative_bias, LMI_F32, {{"buckets", buckets}, {"H", args.q.size[1]}});
+  require(buckets >= (args.causal ? 2 : 4), "relative_bias must have at least 2 buckets, 4 if not causal");
+  check_range("buckets of relative_bias", buckets, 2, 2 * kMaxFarBuckets);
+  check_range("max_distance", args.max_distance, buckets / (args.causal ? 2 : 4) + 1, 1 << 20);
+}
+
+void check_shapes(const lmi_attention_args &args) {
+  check_dims("q", args.q, 3);
+  check_dims("k_cache", args.k_cache, 4);
+  check_dims("starts", args.starts, 1);
+  check_dims("tables", args.tables, 2);
+  const int64_t *q = args.q.size, *cache = args.k_cache.size, sequences = args.starts.size[0] - 1;
+  check_float("q", args.q);
+  check("out", args.out, args.q.dtype, {{"T", q[0]}, {"H", q[1]}, {"D", q[2]}});
+  check("k_cache", args.k_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
+  check("v_cache", args.v_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
+  check("key_lengths", args.key_lengths, LMI_I32, {{"B", sequences}});
+  check("tables", args.tables, LMI_I32, {{"B", sequences}, {"max_blocks", args.tables.size[1]}});
+  check_dtype("starts", args.starts, LMI_I32);
+  check_optional("alibi", args.alibi, LMI_F32, {{"H", q[1]}});
+  require(q[2] > 0 && q[2] <= 256 && q[2] % 8 == 0, "D must be a multiple of 8 up to 256");
+  require(cache[1] > 0 && q[1] % cache[1] == 0, "K must divide H");
+  require(cache[2] > 0, "P must be at least 1");
+  require(args.window >= 0, "window must be at least 0");
+}
+
+/* ---- launches ---- */
+
+template <class T>
+Attention<T> attention_of(const lmi_attention_args &args, const float *bias) {
+  return {args.out,
+          args.q,
+          args.k_cache,
+          args.v_cache,
+          vector_of<int>(args.starts),
+          vector_of<int>(args.key_lengths),
+          vector_of<int>(args.tables),
+          vector_of<float>(args.alibi),
+          bias,
+          args.tables.stride[0],
+          0,
+          static_cast<int>(args.q.size[1]),
+          static_cast<int>(args.k_cache.size[1]),
+          static_cast<int>(args.q.size[1] / args.k_cache.size[1]),
+          static_cast<int>(args.q.size[2]),
+          static_cast<int>(args.k_cache.size[2]),
+          args.window,
+          args.max_distance,
+          args.scale,
+          args.soft_cap,
+          args.causal != 0,
+          is_wide({&args.k_cache, &args.v_cache})};
+}
+
+/* What is known on the host of how much work there can be. */
+struct Bounds {
+  int64_t num_rows; /* of all sequences, in one key head */
+  int64_t num_splits;
+
+  int64_t max_pieces(int num_sequences, int num_kv_heads) const {
+    const int64_t units = std::min<int64_t>(int64_t{num_sequences} * (kFewRows / kUnitRows), num_rows / kUnitRows + num_sequences);
+    return units * num_kv_heads * num_splits;
+  }
+};
+
+template <class T, int kPadded>
+void run_tiles(const Attention<T> &attention, const Bounds &bounds, cudaStream_t stream) {
+  const int64_t pieces = bounds.num_splits > 1 ? bounds.max_pieces(attention.num_sequences, attention.num_kv_heads) : 0;
+  const Scratch scratch(static_cast<size_t>(pieces * PieceStates<kPadded>::kFloats) * sizeof(float), stream);
+  const PieceStates<kPadded> states{scratch.as<float>()};
+  const unsigned blocks = static_cast<unsigned>(2 * num_processors());
+  const Shape shape{blocks, kAttentionThreads, TileShape<T, kPadded>::kSharedBytes};
+  launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, true);
+  if (bounds.num_splits > 1) launch("attention merge", merge_kernel<T, kPadded>, {2 * blocks, kAttentionThreads}, stream, attention, states);
+  if (bounds.num_rows > kFewRows) launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, false);
+}
+
+template <class T>
+void run(const Attention<T> &attention, const Bounds &bounds, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    const unsigned blocks = static_cast<unsigned>(8 * num_processors());
+    launch("attention", plain_attend_kernel, {blocks, kAttentionThreads}, stream, attention);
+  } else {
+    if (attention.size <= 64) run_tiles<T, 64>(attention, bounds, stream);
+    else if (attention.size <= 128) run_tiles<T, 128>(attention, bounds, stream);
+    else run_tiles<T, 256>(attention, bounds, stream);
+  }
+}
+
+}  // namespace
+
+void attention(const lmi_attention_args &args, cudaStream_t stream) {
+  check_shapes(args);
+  check_bias(args);
+  const int64_t num_sequences = args.starts.size[0] - 1, num_tokens = args.q.size[0];
+  if (num_tokens == 0) return;
+  const bool has_bias = is_given(args.relative_bias);
+  const Scratch bias(has_bias ? args.q.size[1] * (2 * int64_t{args.max_distance} + 1) * sizeof(float) : 0, stream);
+  if (has_bias) make_bias(args, bias.as<float>(), stream);
+  const int64_t max_keys = args.tables.size[1] * args.k_cache.size[2];
+  const Bounds bounds{num_tokens * (args.q.size[1] / args.k_cache.size[1]), std::max<int64_t>(1, (max_keys + kSplit - 1) / kSplit)};
+  with_dtype(args.q.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Attention<T> part = attention_of<T>(args, has_bias ? bias.as<float>() : nullptr);
+    for (int64_t first = 0; first < num_sequences; first += kMaxSequences) {
+      part.num_sequences = static_cast<int>(std::min<int64_t>(kMaxSequences, num_sequences - first));
+      part.starts = vector_of<int>(args.starts) + first;
+      part.key_lengths = vector_of<int>(args.key_lengths) + first;
+      part.tables = vector_of<int>(args.tables) + first * args.tables.stride[0];
+      run(part, bounds, stream);
+    }
+  });
+}
+
+}  // namespace lmi::cuda

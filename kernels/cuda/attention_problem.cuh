@@ -1,0 +1,226 @@
+/* What is asked of attention, as kernels see it: who sees which keys, how a product becomes a score, and how the work is cut.
+ *
+ * A unit is up to 16 rows (a row is one query in one head) of one sequence and key head. Keys are cut at multiples of 64 (tiles)
+ * and 512 (splits, each a softmax of its own, merged in ascending order), whatever the batch, so that a row's bits depend on its
+ * query and keys alone. In a sequence with few rows each split of a unit is a piece of work, so that one long sequence among short
+ * ones is shared by many blocks; in one with many rows (a prompt) a unit with all its splits is. */
+#pragma once
+#include "cuda/memory.cuh"
+
+namespace lmi::cuda {
+
+constexpr int kTile = 64, kSplit = 512, kUnitRows = 16;
+constexpr int kFewRows = 64;        /* a sequence with at most so many rows a key head is cut by splits */
+constexpr int kMaxSequences = 1024; /* of a launch: their counts lie in shared memory */
+constexpr unsigned kAttentionThreads = 128;
+constexpr float kLog2e = 1.44269504f;
+
+struct Range {
+  int first, last;
+  __device__ __forceinline__ bool is_empty() const { return first >= last; }
+};
+
+__device__ __forceinline__ Range common(Range a, Range b) { return {max(a.first, b.first), min(a.last, b.last)}; }
+
+/* [rows, heads, D] of queries or results, or a cache [N, K, P, D]. */
+template <class T>
+struct Heads {
+  T *data;
+  int64_t strides[3];
+  Heads(const lmi_tensor &x) : data(static_cast<T *>(x.data)), strides{x.stride[0], x.stride[1], x.stride[2]} {}
+  __device__ __forceinline__ T *at(int64_t i, int64_t j, int64_t k = 0) const {
+    return data + i * strides[0] + j * strides[1] + k * strides[2];
+  }
+};
+
+template <class T>
+struct Attention {
+  Heads<T> out;
+  Heads<const T> q, k_cache, v_cache;
+  const int *starts, *key_lengths, *tables;
+  const float *alibi, *bias; /* bias: [H, 2 max_distance + 1], by key minus query position */
+  int64_t tables_stride;
+  int num_sequences, num_heads, num_kv_heads, group, size, block_size, window, max_distance;
+  float scale, soft_cap;
+  bool is_causal, is_aligned; /* is_aligned: rows of q and of the caches lie on 16 bytes */
+
+  __device__ int num_queries(int b) const { return starts[b + 1] - starts[b]; }
+  __device__ int position(int b, int query) const { return key_lengths[b] - num_queries(b) + query; }
+
+  /* Keys that a query sees. */
+  __device__ Range seen(int b, int query) const {
+    const int p = position(b, query);
+    return {window ? max(0, p - window + 1) : 0, is_causal ? p + 1 : key_lengths[b]};
+  }
+
+  /* From a product of q and k to a score in powers of two: scale, soft cap, biases. distance: key minus query position. */
+  __device__ float score(float product, int head, int distance) const {
+    float s = product * scale;
+    if (soft_cap > 0.0f) s = soft_cap * tanhf(s / soft_cap);
+    if (alibi) s += alibi[head] * static_cast<float>(distance);
+    if (bias) s += bias[int64_t{head} * (2 * max_distance + 1) + max_distance + max(-max_distance, min(distance, max_distance))];
+    return s * kLog2e;
+  }
+
+  /* Where key j of sequence b lies in a cache. */
+  __device__ const T *cached(const Heads<const T> &cache, int b, int head, int j) const {
+    return cache.at(tables[b * tables_stride + j / block_size], head, j % block_size);
+  }
+};
+
+/* Rows first .. first + rows - 1 of a sequence and key head; row r is query r / group in head r % group of the key head's group. */
+struct Unit {
+  int sequence, head, first, rows;
+};
+
+/* A unit against splits [first, last). */
+struct Piece {
+  Unit unit;
+  Range splits;
+};
+
+template <class T>
+__device__ int query_of(const Attention<T> &attention, const Unit &unit, int row) {
+  return (unit.first + row) / attention.group;
+}
+
+template <class T>
+__device__ int head_of(const Attention<T> &attention, const Unit &unit, int row) {
+  return unit.head * attention.group + (unit.first + row) % attention.group;
+}
+
+/* Keys that any row of the unit sees: both ends grow with the query. */
+template <class T>
+__device__ Range seen_by_unit(const Attention<T> &attention, const Unit &unit) {
+  const Range first = attention.seen(unit.sequence, query_of(attention, unit, 0));
+  const Range last = attention.seen(unit.sequence, query_of(attention, unit, unit.rows - 1));
+  return {first.first, max(first.first, last.last)};
+}
+
+/* Splits that any row of the sequence needs; at least one. */
+template <class T>
+__device__ Range splits_of(const Attention<T> &attention, int b) {
+  const int first = attention.seen(b, 0).first / kSplit, last = attention.seen(b, attention.num_queries(b) - 1).last;
+  return {first, max(first + 1, (last + kSplit - 1) / kSplit)};
+}
+
+/* ---- the list of pieces ---- */
+
+/* How a launch's sequences are cut: those with few rows by splits, or the others by units. Prefix sums over the sequences lie in
+ * shared memory; every thread of the block must build it. */
+class Schedule {
+ public:
+  template <class T>
+  __device__ static int num_rows(const Attention<T> &attention, int b) {
+    return attention.num_queries(b) * attention.group;
+  }
+
+  template <class T>
+  __device__ static bool is_cut_by_splits(const Attention<T> &attention, int b) {
+    return num_rows(attention, b) <= kFewRows;
+  }
+
+  template <class T>
+  __device__ Schedule(const Attention<T> &attention, bool by_splits) : by_splits_(by_splits) {
+    using Firsts = int[kMaxSequences + 1];
+    LMI_SHARED(Firsts, firsts);
+    firsts_ = firsts;
+    constexpr int kEach = kMaxSequences / static_cast<int>(kAttentionThreads);
+    int counts[kEach], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int b = threadIdx.x * kEach + i;
+      counts[i] = b < attention.num_sequences ? num_pieces(attention, b) : 0;
+      sum += counts[i];
+    }
+    int first = sum_before(sum);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      firsts[threadIdx.x * kEach + i] = first;
+      first += counts[i];
+    }
+    if (threadIdx.x == kAttentionThreads - 1) firsts[kMaxSequences] = first;
+    __syncthreads();
+    num_sequences_ = attention.num_sequences;
+  }
+
+  __device__ int num_pieces() const { return firsts_[kMaxSequences]; }
+
+  template <class T>
+  __device__ Piece piece(const Attention<T> &attention, int index) const {
+    int b = 0; /* the last sequence that begins at or before index */
+    for (int step = kMaxSequences / 2; step > 0; step /= 2) {
+      if (b + step < num_sequences_ && firsts_[b + step] <= index) b += step;
+    }
+    const int units = num_units(attention, b), own = index - firsts_[b], rest = own / units;
+    const int first = own % units * kUnitRows;
+    const Unit unit{b, rest % attention.num_kv_heads, first, min(kUnitRows, num_rows(attention, b) - first)};
+    const Range all = splits_of(attention, b);
+    if (!by_splits_) return {unit, all};
+    const int split = all.first + rest / attention.num_kv_heads;
+    return {unit, {split, split + 1}};
+  }
+
+  /* Index of the piece with this row of a sequence that is cut by splits; the next split's stands `splits_apart` further. */
+  template <class T>
+  __device__ int index_of(const Attention<T> &attention, int b, int head, int row) const {
+    return firsts_[b] + head * num_units(attention, b) + row / kUnitRows;
+  }
+  template <class T>
+  __device__ int splits_apart(const Attention<T> &attention, int b) const {
+    return attention.num_kv_heads * num_units(attention, b);
+  }
+
+ private:
+  template <class T>
+  __device__ static int num_units(const Attention<T> &attention, int b) {
+    return (num_rows(attention, b) + kUnitRows - 1) / kUnitRows;
+  }
+
+  template <class T>
+  __device__ int num_pieces(const Attention<T> &attention, int b) const {
+    const int units = num_units(attention, b) * attention.num_kv_heads;
+    if (units == 0 || is_cut_by_splits(attention, b) != by_splits_) return 0;
+    const Range splits = splits_of(attention, b);
+    return by_splits_ ? units * (splits.last - splits.first) : units;
+  }
+
+  /* Sum of the values of lower threads. */
+  __device__ static int sum_before(int value) {
+    using Sums = int[kAttentionThreads / 32];
+    LMI_SHARED(Sums, sums);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int upto = value;
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, upto, lanes);
+      if (lane >= lanes) upto += other;
+    }
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    int before = upto - value;
+    for (int i = 0; i < warp; ++i) before += sums[i];
+    return before;
+  }
+
+  const int *firsts_;
+  int num_sequences_;
+  bool by_splits_;
+};
+
+/* ---- two softmaxes become one ---- */
+
+/* Factors of what was there and of what comes: weights are powers of two relative to each side's greatest score. A sum of 0 says
+ * that no key was seen. */
+struct Merge {
+  float keep, add, max;
+  __device__ Merge(float max_before, float sum_before, float max_part, float sum_part) {
+    max = sum_before == 0.0f ? max_part : sum_part == 0.0f ? max_before : fmaxf(max_before, max_part);
+    keep = sum_before == 0.0f ? 0.0f : exp2f(max_before - max);
+    add = sum_part == 0.0f ? 0.0f : exp2f(max_part - max);
+  }
+  /* one order of roundings wherever it stands */
+  __device__ __forceinline__ float operator()(float before, float part) const { return fmaf(keep, before, add * part); }
+};
+
+}  // namespace lmi::cuda

@@ -1,0 +1,374 @@
+/* Attention of a unit (16 rows) over tiles of 64 keys on tensor cores, bf16 and fp16, sm_80 and later. A KV head is read once for
+ * all query heads of its group. Four warps share a unit: each makes the scores of 16 keys, all read all scores, and each sums the
+ * values of a quarter of D, so that nothing is added across warps. Tiles of keys and values come in turn through a ring in shared
+ * memory, several on their way at a time; bound by the reading of the cache. */
+#pragma once
+#include "cuda/attention_problem.cuh"
+#include "cuda/ptx.cuh"
+
+namespace lmi::cuda {
+
+/* kPadded: D filled up to 64, 128 or 256. */
+template <class T, int kPadded>
+struct TileShape {
+  static constexpr int kChunks = kPadded / 8;            /* of 16 bytes, in a row */
+  static constexpr int kTileElements = kTile * kPadded;
+  static constexpr int kSlots = kPadded == 64 ? 8 : kPadded == 128 ? 6 : 3;
+  static constexpr int kAhead = kSlots - 2;              /* tiles on their way; the slot before the current one is still read */
+  static constexpr int kColumns = kPadded / 4;           /* of D that a warp sums */
+  static constexpr int kSharedBytes = kSlots * kTileElements * static_cast<int>(sizeof(T));
+  static_assert(kSharedBytes <= 96 << 10, "what every GPU has for a block");
+};
+
+constexpr int kScoreStride = 24; /* floats between rows of 16 scores: eight rows in different banks */
+
+/* Two numbers in a register, the first in the low half. */
+template <class T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  const Pack<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+/* State of rows g and g + 8 of a lane (g = lane / 4): greatest score, sum of weights, and weighted values of the warp's columns. */
+template <int kProducts>
+struct RowState {
+  float max[2], sum[2], values[kProducts][4];
+
+  __device__ void clear() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+    for (int n = 0; n < kProducts; ++n) values[n][0] = values[n][1] = values[n][2] = values[n][3] = 0.0f;
+  }
+
+  /* Takes the state of the following keys in. */
+  __device__ void merge(const RowState &part) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Merge both(max[r], sum[r], part.max[r], part.sum[r]);
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n) {
+        values[n][2 * r] = both(values[n][2 * r], part.values[n][2 * r]);
+        values[n][2 * r + 1] = both(values[n][2 * r + 1], part.values[n][2 * r + 1]);
+      }
+      sum[r] = both(sum[r], part.sum[r]);
+      max[r] = both.max;
+    }
+  }
+};
+
+/* One unit at work; a thread's view. */
+template <class T, int kPadded>
+class UnitAtWork {
+  using Tiles = TileShape<T, kPadded>;
+  static constexpr int kProducts = Tiles::kColumns / 8;
+
+ public:
+  using State = RowState<kProducts>;
+
+  __device__ UnitAtWork(const Attention<T> &attention, const Piece &piece, T *ring)
+      : attention_(attention), piece_(piece), unit_(piece.unit), ring_(ring), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
+    needed_ = common(seen_by_unit(attention, unit_), {piece.splits.first * kSplit, piece.splits.last * kSplit});
+    first_tile_ = needed_.first / kTile;
+    num_tiles_ = needed_.is_empty() ? 0 : (needed_.last + kTile - 1) / kTile - first_tile_;
+    for (int r = 0; r < 2; ++r) {
+      const int row = lane_ / 4 + 8 * r;
+      if (row >= unit_.rows) continue;
+      const int query = query_of(attention, unit_, row);
+      seen_[r] = attention.seen(unit_.sequence, query);
+      position_[r] = attention.position(unit_.sequence, query);
+      head_[r] = head_of(attention, unit_, row);
+    }
+    read_queries();
+  }
+
+  /* Leaves the unit's state in `total`; all threads of the block must call. */
+  __device__ void attend(State &total) {
+    State part;
+    total.clear();
+    part.clear();
+    for (int step = 0; step < Tiles::kAhead; ++step) stage(step);
+    for (int tile = 0; tile < num_tiles_; ++tile) {
+      if (tile > 0 && (first_tile_ + tile) % (kSplit / kTile) == 0) {
+        total.merge(part);
+        part.clear();
+      }
+      await(2 * tile);
+      score_keys(slot(2 * tile), tile);
+      await(2 * tile + 1);
+      add_values(slot(2 * tile), slot(2 * tile + 1), part);
+    }
+    total.merge(part);
+    ptx::wait_copies<0>();
+    __syncthreads(); /* the ring is free for the next unit */
+  }
+
+ private:
+  /* ---- tiles on their way: keys of tile i are step 2i, its values step 2i + 1 ---- */
+
+  __device__ T *slot(int step) const { return ring_ + step % Tiles::kSlots * Tiles::kTileElements; }
+
+  /* Where chunk c of row r lies in a slot: exchanged so that eight rows of a column of chunks lie in different banks. */
+  __device__ static int offset(int row, int chunk) { return row * kPadded + (chunk ^ (row & 7)) * 8; }
+
+  __device__ void stage(int step) const {
+    if (step < 2 * num_tiles_) {
+      const Heads<const T> &cache = step % 2 ? attention_.v_cache : attention_.k_cache;
+      const int first_key = (first_tile_ + step / 2) * kTile;
+      for (int i = threadIdx.x; i < kTile * Tiles::kChunks; i += kAttentionThreads) {
+        const int row = i / Tiles::kChunks, chunk = i % Tiles::kChunks, key = first_key + row;
+        const bool exists = key >= needed_.first && key < needed_.last && chunk * 8 < attention_.size;
+        stage_chunk(slot(step) + offset(row, chunk), cache, key, chunk, exists);
+      }
+    }
+    ptx::commit_copies(); /* of nothing beyond the last tile, so that a group is a step */
+  }
+
+  /* Eight elements of a key, or zeros. */
+  __device__ void stage_chunk(T *to, const Heads<const T> &cache, int key, int chunk, bool exists) const {
+    const T *const from = exists ? attention_.cached(cache, unit_.sequence, unit_.head, key) + chunk * 8 : cache.data;
+    if (attention_.is_aligned) {
+      ptx::copy_async(ptx::shared_address(to), from, exists ? 16 : 0);
+      return;
+    }
+    for (int i = 0; i < 8; ++i) to[i] = exists ? from[i] : from_float<T>(0.0f);
+  }
+
+  /* Until this step's tile is there for all threads; what they read two steps ago makes room for another. */
+  __device__ void await(int step) const {
+    ptx::wait_copies<Tiles::kAhead - 1>();
+    __syncthreads();
+    stage(step + Tiles::kAhead);
+  }
+
+  /* ---- scores ---- */
+
+  /* The lane's two rows of q as the left side of products, 16 of D at a time; 0 beyond D and beyond the unit's rows. */
+  __device__ void read_queries() {
+    const int first = attention_.starts[unit_.sequence];
+#pragma unroll
+    for (int k = 0; k < kPadded / 16; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int row = lane_ / 4 + r % 2 * 8, d = k * 16 + r / 2 * 8 + lane_ % 4 * 2;
+        q_[k][r] = 0;
+        if (row >= unit_.rows || d >= attention_.size) continue;
+        const T *const from = attention_.q.at(first + query_of(attention_, unit_, row), head_of(attention_, unit_, row)) + d;
+        const Pack<T, 2> pair{{from[0], from[1]}};
+        memcpy(&q_[k][r], &pair, sizeof pair);
+      }
+    }
+  }
+
+  /* Scores of this warp's 16 keys, for all rows, over the place of the keys themselves, which nobody else reads. */
+  __device__ void score_keys(T *keys, int tile) const {
+    float products[2][4] = {};
+    const int own = warp_ * 16;
+#pragma unroll
+    for (int k = 0; k < kPadded / 16; ++k) {
+      if (k * 16 >= attention_.size) break;
+      uint32_t b[4];
+      ptx::load_matrices<4>(b, ptx::shared_address(keys + offset(own + lane_ / 16 * 8 + lane_ % 8, 2 * k + lane_ / 8 % 2)));
+      const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+      ptx::multiply<T>(products[0], q_[k], left);
+      ptx::multiply<T>(products[1], q_[k], right);
+    }
+    __syncwarp(); /* all lanes have read the keys */
+    float *const scores = reinterpret_cast<float *>(keys + own * kPadded);
+    const int first_key = (first_tile_ + tile) * kTile + own;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i / 2, column = n * 8 + lane_ % 4 * 2 + i % 2, key = first_key + column;
+        const bool counts = key >= seen_[r].first && key < seen_[r].last;
+        const float score = counts ? attention_.score(products[n][i], head_[r], key - position_[r]) : -INFINITY;
+        scores[(lane_ / 4 + 8 * r) * kScoreStride + column] = score;
+      }
+    }
+  }
+
+  /* ---- softmax and values ---- */
+
+  /* Scores of all 64 keys of the lane's two rows, in the layout of products: eight of 8 keys. */
+  __device__ void read_scores(const T *keys, float (&scores)[8][4]) const {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float *const of_warp = reinterpret_cast<const float *>(keys + n / 2 * 16 * kPadded);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = of_warp[(lane_ / 4 + i / 2 * 8) * kScoreStride + n % 2 * 8 + lane_ % 4 * 2 + i % 2];
+      }
+    }
+  }
+
+  /* Scores become weights relative to the row's greatest so far, which the state follows. */
+  __device__ void weigh(float (&scores)[8][4], State &state) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float max = state.max[r], sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) max = fmaxf(max, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+      const float base = max == -INFINITY ? 0.0f : max; /* no key seen yet: all weights are 0 */
+      const float keep = ptx::exp2_fast(state.max[r] - base);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        scores[n][2 * r] = ptx::exp2_fast(scores[n][2 * r] - base);
+        scores[n][2 * r + 1] = ptx::exp2_fast(scores[n][2 * r + 1] - base);
+        sum += scores[n][2 * r] + scores[n][2 * r + 1];
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      state.sum[r] = fmaf(keep, state.sum[r], sum);
+      state.max[r] = max;
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n) {
+        state.values[n][2 * r] *= keep;
+        state.values[n][2 * r + 1] *= keep;
+      }
+    }
+  }
+
+  /* state.values += weights * values, 16 keys at a time in ascending order. */
+  __device__ void add_values(const T *keys, const T *values, State &state) const {
+    float scores[8][4];
+    read_scores(keys, scores);
+    weigh(scores, state);
+    const int own = warp_ * Tiles::kColumns / 8; /* first chunk of the warp's columns */
+    if (own * 8 >= attention_.size) return;      /* the whole warp: these columns only fill D up */
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+      const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
+      const uint32_t weights[4] = {pair_of<T>(low[0], low[1]), pair_of<T>(low[2], low[3]), pair_of<T>(high[0], high[1]),
+                                   pair_of<T>(high[2], high[3])};
+#pragma unroll
+      for (int n = 0; n < kProducts; n += 2) {
+        uint32_t b[4];
+        ptx::load_matrices<4, true>(b, ptx::shared_address(values + offset(k * 16 + lane_ % 16, own + n + lane_ / 16)));
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+        ptx::multiply<T>(state.values[n], weights, left);
+        ptx::multiply<T>(state.values[n + 1], weights, right);
+      }
+    }
+  }
+
+  const Attention<T> &attention_;
+  const Piece &piece_;
+  const Unit &unit_;
+  T *const ring_;
+  const int lane_, warp_;
+  Range needed_, seen_[2] = {};
+  int first_tile_, num_tiles_, position_[2] = {}, head_[2] = {};
+  uint32_t q_[kPadded / 16][4];
+};
+
+/* ---- what is written ---- */
+
+/* One float state of 16 rows for each piece that is not its unit's only split: sums, greatest scores, then values [16, kPadded]. */
+template <int kPadded>
+struct PieceStates {
+  static constexpr int kFloats = kUnitRows * (kPadded + 2);
+  float *data;
+  __device__ float *sum(int piece, int row) const { return data + int64_t{piece} * kFloats + row; }
+  __device__ float *max(int piece, int row) const { return sum(piece, row) + kUnitRows; }
+  __device__ float *values(int piece, int row) const { return data + int64_t{piece} * kFloats + 2 * kUnitRows + row * kPadded; }
+};
+
+/* fn(row, column, value, r) for each of the lane's values of rows and columns that exist. */
+template <class T, int kPadded, class State, class Function>
+__device__ void for_values(const Attention<T> &attention, const Unit &unit, const State &state, Function fn) {
+  constexpr int kColumns = TileShape<T, kPadded>::kColumns;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = warp * kColumns + n * 8 + lane % 4 * 2 + i % 2;
+      if (row < unit.rows && column < attention.size) fn(row, column, state.values[n][i], i / 2);
+    }
+  }
+}
+
+template <class T, int kPadded, class State>
+__device__ void write_out(const Attention<T> &attention, const Unit &unit, const State &state) {
+  for_values<T, kPadded>(attention, unit, state, [&](int row, int column, float value, int r) {
+    const int token = attention.starts[unit.sequence] + query_of(attention, unit, row);
+    const float result = state.sum[r] == 0.0f ? 0.0f : value / state.sum[r]; /* a row without keys gives 0 */
+    attention.out.at(token, head_of(attention, unit, row))[column] = from_float<T>(result);
+  });
+}
+
+template <class T, int kPadded, class State>
+__device__ void write_state(const Attention<T> &attention, const Unit &unit, const State &state, PieceStates<kPadded> states, int piece) {
+  for_values<T, kPadded>(attention, unit, state, [&](int row, int column, float value, int) { states.values(piece, row)[column] = value; });
+  if (threadIdx.x % 4 != 0 || threadIdx.x >= 32) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    *states.sum(piece, threadIdx.x / 4 + 8 * r) = state.sum[r];
+    *states.max(piece, threadIdx.x / 4 + 8 * r) = state.max[r];
+  }
+}
+
+/* ---- kernels ---- */
+
+/* Blocks take pieces in turn. by_splits: the sequences with few rows; else the others. */
+template <class T, int kPadded>
+__global__ void __launch_bounds__(kAttentionThreads) attend_kernel(Attention<T> attention, PieceStates<kPadded> states, bool by_splits) {
+  T *const ring = dynamic_shared<T>();
+  const Schedule schedule(attention, by_splits);
+  for (int index = blockIdx.x; index < schedule.num_pieces(); index += gridDim.x) {
+    const Piece piece = schedule.piece(attention, index);
+    const Range all = splits_of(attention, piece.unit.sequence);
+    typename UnitAtWork<T, kPadded>::State state;
+    UnitAtWork<T, kPadded>(attention, piece, ring).attend(state);
+    if (by_splits && all.last - all.first > 1) write_state<T, kPadded>(attention, piece.unit, state, states, index);
+    else write_out<T, kPadded>(attention, piece.unit, state);
+  }
+}
+
+/* The sequence of a token: the last that begins at or before it. */
+template <class T>
+__device__ int sequence_of(const Attention<T> &attention, int token) {
+  int b = 0;
+  for (int step = kMaxSequences / 2; step > 0; step /= 2) {
+    if (b + step < attention.num_sequences && attention.starts[b + step] <= token) b += step;
+  }
+  return b;
+}
+
+/* A warp owns a row whose splits were pieces of their own, and merges them in ascending order. */
+template <class T, int kPadded>
+__global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Attention<T> attention, PieceStates<kPadded> states) {
+  const Schedule schedule(attention, true);
+  const int lane = threadIdx.x % 32, num_warps = gridDim.x * kAttentionThreads / 32;
+  const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
+  for (int i = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32; i < num_rows; i += num_warps) {
+    const int token = first + i / attention.num_heads, head = i % attention.num_heads, b = sequence_of(attention, token);
+    const Range splits = splits_of(attention, b);
+    if (!Schedule::is_cut_by_splits(attention, b) || splits.last - splits.first == 1) continue;
+    const int row = (token - attention.starts[b]) * attention.group + head % attention.group;
+    int piece = schedule.index_of(attention, b, head / attention.group, row);
+    float values[kPadded / 32] = {}, sum = 0.0f, max = 0.0f;
+    for (int split = splits.first; split < splits.last; ++split, piece += schedule.splits_apart(attention, b)) {
+      const float part_sum = *states.sum(piece, row % kUnitRows), part_max = *states.max(piece, row % kUnitRows);
+      const Merge both(max, sum, part_max, part_sum);
+      const float *const part = states.values(piece, row % kUnitRows);
+#pragma unroll
+      for (int d = 0; d < kPadded / 32; ++d) {
+        if (d * 32 + lane < attention.size) values[d] = both(values[d], part[d * 32 + lane]);
+      }
+      sum = both(sum, part_sum);
+      max = both.max;
+    }
+    T *const out = attention.out.at(token, head);
+#pragma unroll
+    for (int d = 0; d < kPadded / 32; ++d) {
+      if (d * 32 + lane < attention.size) out[d * 32 + lane] = from_float<T>(sum == 0.0f ? 0.0f : values[d] / sum);
+    }
+  }
+}
+
+}  // namespace lmi::cuda

@@ -1,0 +1,43 @@
+/* Rows of a table by id. A block owns a row of out; bound by memory. */
+#include "cuda/memory.cuh"
+#include "cuda/operations.cuh"
+
+namespace lmi::cuda {
+namespace {
+
+constexpr unsigned kMaxThreads = 256;
+
+template <class T, int kNum>
+__global__ void embedding_kernel(Rows<T> out, Rows<const T> table, const int *ids, int64_t first_id, int64_t num_rows, int width,
+                                 float scale) {
+  const int64_t t = blockIdx.x, from = ids[t] - first_id;
+  const bool is_ours = from >= 0 && from < num_rows;
+  for (int e = threadIdx.x * kNum; e < width; e += blockDim.x * kNum) {
+    float row[kNum] = {};
+    if (is_ours) read_floats(table.row(from) + e, row);
+#pragma unroll
+    for (int i = 0; i < kNum; ++i) row[i] = is_ours ? scale * row[i] : 0.0f;
+    write_floats(out.row(t) + e, row);
+  }
+}
+
+}  // namespace
+
+void embedding(const lmi_embedding_args &args, cudaStream_t stream) {
+  check_dims("table", args.table, 2);
+  check_float("table", args.table);
+  check_dims("ids", args.ids, 1);
+  check_dtype("ids", args.ids, LMI_I32);
+  const int64_t tokens = args.ids.size[0], width = args.table.size[1];
+  check("out", args.out, args.table.dtype, {{"T", tokens}, {"E", width}});
+  with_dtype(args.table.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    with_width<T>(is_wide({&args.out, &args.table}), [&](auto num) {
+      const Shape shape{static_cast<unsigned>(tokens), threads_for(width / num, kMaxThreads)};
+      launch("embedding", embedding_kernel<T, num>, shape, stream, args.out, args.table, vector_of<int>(args.ids), args.first_id,
+             args.table.size[0], static_cast<int>(width), args.scale);
+    });
+  });
+}
+
+}  // namespace lmi::cuda

@@ -1,0 +1,104 @@
+/* x times a packed weight, with bias, addend, activation, gate and residual at the end; for one weight or for experts. */
+#include "cuda/linear_dense.cuh"
+#include "cuda/linear_plain.cuh"
+#include "cuda/operations.cuh"
+
+namespace lmi::cuda {
+namespace {
+
+LinearShape shape_of(const lmi_linear_args &args) {
+  return {args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
+}
+
+template <class T>
+Linear<T> linear_of(const lmi_linear_args &args, const lmi_tensor &starts, int64_t expert_bytes) {
+  return {args.out,
+          args.addend,
+          args.residual,
+          args.x,
+          vector_of<T>(args.bias),
+          vector_of<char>(args.packed),
+          vector_of<int>(starts),
+          packed_layout(shape_of(args)),
+          args.x.size[0],
+          expert_bytes,
+          is_given(starts) ? static_cast<int>(starts.size[0] - 1) : 1,
+          static_cast<int>(args.in_features),
+          static_cast<int>(args.out_features),
+          args.format == LMI_DENSE ? static_cast<int>(args.in_features) : static_cast<int>(args.group),
+          args.activation,
+          args.gated != 0};
+}
+
+template <class T, int kRows>
+void run_dense(const Linear<T> &linear, bool is_aligned, cudaStream_t stream) {
+  const size_t bytes = size_t{kRing} * (kRows + kTileOutputs) * kTileInputs * sizeof(T);
+  const Shape shape{{static_cast<unsigned>(linear.layout.num_rows / kTileOutputs), max_row_tiles(linear, kRows)}, kDenseThreads, bytes};
+  launch("linear", dense_kernel<T, kRows>, shape, stream, linear, is_aligned);
+}
+
+template <class T, int kFormat>
+void run_plain(const Linear<T> &linear, cudaStream_t stream) {
+  const int64_t outputs = linear.is_gated ? linear.out_features / 2 : linear.out_features;
+  const Shape shape{{ceil_div(outputs, kPlainThreads), max_row_tiles(linear, kPlainRows)}, kPlainThreads};
+  launch("linear", plain_kernel<T, kFormat>, shape, stream, linear);
+}
+
+/* Few rows an expert: small tiles, of which none is mostly empty. */
+template <class T>
+bool are_few(const Linear<T> &linear) {
+  return linear.num_tokens <= int64_t{32} * linear.num_experts;
+}
+
+template <class T>
+void run(const lmi_linear_args &args, const Linear<T> &linear, cudaStream_t stream) {
+  if (args.format == LMI_INT8) return run_plain<T, LMI_INT8>(linear, stream);
+  if (args.format == LMI_INT4) return run_plain<T, LMI_INT4>(linear, stream);
+  if constexpr (std::is_same_v<T, float>) {
+    run_plain<T, LMI_DENSE>(linear, stream);
+  } else {
+    const bool is_aligned = reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && args.x.stride[0] % 8 == 0;
+    if (are_few(linear)) run_dense<T, 16>(linear, is_aligned, stream);
+    else run_dense<T, 64>(linear, is_aligned, stream);
+  }
+}
+
+void check_like_x(const char *name, const lmi_tensor &tensor, const lmi_tensor &x, const Size &tokens, const Size &outputs) {
+  check_shape(name, tensor, {tokens, outputs});
+  if (tensor.dtype != LMI_F32) check_dtype(name, tensor, x.dtype);
+}
+
+void check_linear(const lmi_linear_args &args, int64_t expected_bytes) {
+  const LinearShape shape = shape_of(args);
+  require(!*why_unsupported(shape), why_unsupported(shape));
+  check_range("activation", args.activation, LMI_IDENTITY, LMI_QUICK_GELU);
+  check_dims("x", args.x, 2);
+  const Size tokens{"T", args.x.size[0]}, all{"F", args.out_features}, half{"F/2", args.out_features / 2};
+  check("x", args.x, args.dtype, {tokens, {"E", args.in_features}});
+  check_like_x("out", args.out, args.x, tokens, args.gated ? half : all);
+  if (is_given(args.addend)) check_like_x("addend", args.addend, args.x, tokens, all);
+  if (is_given(args.residual)) check_like_x("residual", args.residual, args.x, tokens, args.gated ? half : all);
+  check("packed", args.packed, LMI_U8, {{"packed_bytes", expected_bytes}});
+}
+
+}  // namespace
+
+void linear(const lmi_linear_args &args, cudaStream_t stream) {
+  check_linear(args, packed_bytes(shape_of(args)));
+  check_optional("bias", args.bias, args.dtype, {{"F", args.out_features}});
+  with_dtype(args.dtype, [&](auto zero) { run(args, linear_of<decltype(zero)>(args, {}, 0), stream); });
+}
+
+void grouped_linear(const lmi_grouped_linear_args &args, cudaStream_t stream) {
+  check_dims("starts", args.starts, 1);
+  check_dtype("starts", args.starts, LMI_I32);
+  const int64_t num_experts = args.starts.size[0] - 1;
+  require(args.expert_bytes >= packed_bytes(shape_of(args.linear)), "expert_bytes must be at least the packed bytes of one weight");
+  check_linear(args.linear, num_experts * args.expert_bytes);
+  check_optional("bias", args.linear.bias, args.linear.dtype, {{"X", num_experts}, {"F", args.linear.out_features}});
+  with_dtype(args.linear.dtype, [&](auto zero) {
+    run(args.linear, linear_of<decltype(zero)>(args.linear, args.starts, args.expert_bytes), stream);
+  });
+}
+
+}  // namespace lmi::cuda

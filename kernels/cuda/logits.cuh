@@ -1,0 +1,55 @@
+/* Rows of logits: what penalties, draws and log probabilities share. A block owns a row. */
+#pragma once
+#include "cuda/memory.cuh"
+#include "cuda/reduce.cuh"
+
+namespace lmi {
+
+constexpr unsigned kRowThreads = 256;
+
+inline void check_logits(const lmi_tensor &logits) {
+  check_dims("logits", logits, 2);
+  check_dtype("logits", logits, LMI_F32);
+  check_range("V (must be at least 1)", logits.size[1], 1, INT32_MAX);
+}
+
+/* A logit and where it stands; the greater wins, of equals the lower id. A NaN beats all. */
+struct Candidate {
+  float logit;
+  int id;
+};
+
+__device__ __forceinline__ bool is_nan(float value) { return value != value; }
+
+__device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
+  if (is_nan(a.logit) || is_nan(b.logit)) return is_nan(a.logit) ? a : b;
+  return b.logit > a.logit || (b.logit == a.logit && b.id < a.id) ? b : a;
+}
+
+__device__ inline Candidate best_in_block(Candidate mine) {
+  struct Parts {
+    Candidate of_warp[kRowThreads / 32];
+  };
+  LMI_SHARED(Parts, parts);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    mine = better(mine, {__shfl_xor_sync(0xffffffffu, mine.logit, lanes), __shfl_xor_sync(0xffffffffu, mine.id, lanes)});
+  }
+  if (threadIdx.x % 32 == 0) parts.of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  Candidate best = parts.of_warp[0];
+  for (unsigned i = 1; i < kRowThreads / 32; ++i) best = better(best, parts.of_warp[i]);
+  __syncthreads(); /* parts may be used again */
+  return best;
+}
+
+/* The greatest logit and the lowest id that has it; every thread of the block gets it. */
+__device__ inline Candidate best_of_row(const float *logits, int num) {
+  Candidate best{-INFINITY, num};
+  for (int i = threadIdx.x; i < num; i += kRowThreads) best = better(best, {logits[i], i});
+  return best_in_block(best);
+}
+
+__device__ __forceinline__ bool can_be_drawn(float max) { return max > -INFINITY; /* false for NaN */ }
+
+}  // namespace lmi

@@ -1,0 +1,155 @@
+/* Rotary embedding of q and k in place, and the write of k and v into their cache slots. A block owns a token: its threads turn
+ * packs of pairs, then copy the token's rows of k and v; bound by memory. A row or slot out of range leaves the token as it is. */
+#include "cuda/memory.cuh"
+#include "cuda/operations.cuh"
+
+namespace lmi::cuda {
+namespace {
+
+constexpr unsigned kMaxThreads = 256;
+
+/* [T, heads, D], or a cache [N, K, P, D] */
+template <class T>
+struct Heads {
+  T *data;
+  int64_t strides[3];
+  int num;
+
+  Heads(const lmi_tensor &x)
+      : data(is_given(x) ? static_cast<T *>(x.data) : nullptr), strides{x.stride[0], x.stride[1], x.stride[2]},
+        num(is_given(x) ? static_cast<int>(x.size[1]) : 0) {}
+  __device__ __forceinline__ T *at(int64_t i, int head, int64_t place = 0) const {
+    return data + i * strides[0] + head * strides[1] + place * strides[2];
+  }
+};
+
+template <class T>
+struct Rotary {
+  Heads<T> q, k, v, k_cache, v_cache;
+  const float *cos, *sin;
+  const int *rows, *slots;
+  int64_t cos_stride, sin_stride, num_rows, num_blocks;
+  int half, size, block_size;
+};
+
+/* kNum pairs from pair i on: (h[i], h[i+half]), or (h[2i], h[2i+1]) if kInterleaved. */
+template <class T, int kNum, bool kInterleaved>
+__device__ void rotate(T *head, const float *cos, const float *sin, int i, int half) {
+  T *const first = head + (kInterleaved ? 2 * i : i), *const second = first + (kInterleaved ? kNum : half);
+  float x[2][kNum], y[2][kNum];
+  read_floats(first, x[0]);
+  read_floats(second, x[1]);
+#pragma unroll
+  for (int j = 0; j < kNum; ++j) {
+    /* where the two of pair j lie among the 2 kNum numbers */
+    constexpr int kStep = kInterleaved ? 2 : 1;
+    const int a = kStep * j, b = kInterleaved ? a + 1 : a + kNum;
+    const float before = x[a / kNum][a % kNum], other = x[b / kNum][b % kNum];
+    y[a / kNum][a % kNum] = before * cos[i + j] - other * sin[i + j];
+    y[b / kNum][b % kNum] = other * cos[i + j] + before * sin[i + j];
+  }
+  write_floats(first, y[0]);
+  write_floats(second, y[1]);
+}
+
+template <class T, int kNum, bool kInterleaved>
+__device__ void rotate_heads(const Rotary<T> &rotary, const Heads<T> &x, int64_t token, int64_t row) {
+  const int packs = rotary.half / kNum;
+  const float *const cos = rotary.cos + row * rotary.cos_stride, *const sin = rotary.sin + row * rotary.sin_stride;
+  for (int i = threadIdx.x; i < x.num * packs; i += blockDim.x) {
+    rotate<T, kNum, kInterleaved>(x.at(token, i / packs), cos, sin, i % packs * kNum, rotary.half);
+  }
+}
+
+template <class T, int kNum>
+__device__ void write_slot(const Rotary<T> &rotary, const Heads<T> &x, const Heads<T> &cache, int64_t token, int64_t slot) {
+  const int packs = rotary.size / kNum;
+  for (int i = threadIdx.x; i < x.num * packs; i += blockDim.x) {
+    const int head = i / packs, d = i % packs * kNum;
+    T *const to = cache.at(slot / rotary.block_size, head, slot % rotary.block_size) + d;
+    store_pack<kNum>(to, load_pack<kNum>(x.at(token, head) + d));
+  }
+}
+
+template <class T, int kNum, bool kInterleaved>
+__global__ void rotary_kernel(Rotary<T> rotary) {
+  const int64_t token = blockIdx.x;
+  const int64_t row = rotary.cos ? rotary.rows[token] : -1, slot = rotary.k.data ? rotary.slots[token] : -1;
+  if (row >= 0 && row < rotary.num_rows) {
+    rotate_heads<T, kNum, kInterleaved>(rotary, rotary.q, token, row);
+    rotate_heads<T, kNum, kInterleaved>(rotary, rotary.k, token, row);
+    __syncthreads(); /* the heads of k are copied by other threads than those that turned them */
+  }
+  if (slot < 0 || slot >= rotary.num_blocks * rotary.block_size) return;
+  write_slot<T, kNum>(rotary, rotary.k, rotary.k_cache, token, slot);
+  write_slot<T, kNum>(rotary, rotary.v, rotary.v_cache, token, slot);
+}
+
+bool any_given(std::initializer_list<const lmi_tensor *> tensors) {
+  for (const lmi_tensor *tensor : tensors) {
+    if (is_given(*tensor)) return true;
+  }
+  return false;
+}
+
+void check_cache(const char *name, const lmi_tensor &cache, const lmi_tensor &x) {
+  check_dims(name, cache, 4);
+  check(name, cache, x.dtype, {{"N", cache.size[0]}, {"K", x.size[1]}, {"P", cache.size[2]}, {"D", x.size[2]}});
+}
+
+void check_write(const lmi_rotary_args &args) {
+  check_dims("k", args.k, 3);
+  check_float("k", args.k);
+  check("v", args.v, args.k.dtype, {{"T", args.k.size[0]}, {"K", args.k.size[1]}, {"D", args.k.size[2]}});
+  check_cache("k_cache", args.k_cache, args.k);
+  check_cache("v_cache", args.v_cache, args.k);
+  require(args.k_cache.size[0] == args.v_cache.size[0] && args.k_cache.size[2] == args.v_cache.size[2],
+          "k_cache and v_cache must have the same shape [N, K, P, D]");
+  check("slots", args.slots, LMI_I32, {{"T", args.k.size[0]}});
+}
+
+void check_rotation(const lmi_rotary_args &args, int64_t num_tokens, int64_t head_size) {
+  check_dims("cos", args.cos, 2);
+  check("cos", args.cos, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
+  check("sin", args.sin, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
+  check_range("half (of cos [rows, half])", args.cos.size[1], 0, head_size / 2);
+  check("rows", args.rows, LMI_I32, {{"T", num_tokens}});
+}
+
+void check_all(const lmi_rotary_args &args, const lmi_tensor &one) {
+  check_dims(&one == &args.q ? "q" : "k", one, 3);
+  if (is_given(args.q)) check_float("q", args.q);
+  if (any_given({&args.k, &args.v, &args.k_cache, &args.v_cache, &args.slots})) check_write(args);
+  if (is_given(args.q) && is_given(args.k)) {
+    check("k", args.k, args.q.dtype, {{"T", args.q.size[0]}, {"K", args.k.size[1]}, {"D", args.q.size[2]}});
+  }
+  if (any_given({&args.cos, &args.sin, &args.rows})) check_rotation(args, one.size[0], one.size[2]);
+}
+
+template <class T>
+Rotary<T> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
+  return {args.q, args.k, args.v, args.k_cache, args.v_cache, vector_of<float>(args.cos), vector_of<float>(args.sin),
+          vector_of<int>(args.rows), vector_of<int>(args.slots), args.cos.stride[0], args.sin.stride[0], args.cos.size[0],
+          args.k_cache.size[0], is_given(args.cos) ? static_cast<int>(args.cos.size[1]) : 0, static_cast<int>(one.size[2]),
+          is_given(args.k_cache) ? static_cast<int>(args.k_cache.size[2]) : 1};
+}
+
+}  // namespace
+
+void rotary(const lmi_rotary_args &args, cudaStream_t stream) {
+  const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
+  check_all(args, one);
+  with_dtype(one.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Rotary<T> rotary = rotary_of<T>(args, one);
+    const bool wide = is_wide({&args.q, &args.k, &args.v, &args.k_cache, &args.v_cache}) && rotary.half * sizeof(T) % 16 == 0;
+    with_width<T>(wide, [&](auto num) {
+      const int64_t heads = std::max<int64_t>(rotary.q.num, rotary.k.num);
+      const Shape shape{static_cast<unsigned>(one.size[0]), threads_for(heads * rotary.size / num / 2, kMaxThreads)};
+      const auto kernel = args.interleaved ? rotary_kernel<T, num, true> : rotary_kernel<T, num, false>;
+      launch("rotary", kernel, shape, stream, rotary);
+    });
+  });
+}
+
+}  // namespace lmi::cuda
