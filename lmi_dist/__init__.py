@@ -19,7 +19,7 @@ from lmi_dist.errors import (
     StepError,
 )
 from lmi_dist.parallel import Ranks
-from lmi_dist.request import ImagePart, Output, Request, SamplingParams, Token, TokenLogprob
+from lmi_dist.request import ImagePart, Output, Prompt, Request, SamplingParams, Token, TokenLogprob
 
 if TYPE_CHECKING:
     from lmi_dist.engine import Engine, EngineStats
@@ -57,6 +57,7 @@ __all__ = [
     "MemoryPlanError",
     "Output",
     "OverloadedError",
+    "Prompt",
     "RankError",
     "Ranks",
     "Request",

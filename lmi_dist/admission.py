@@ -47,7 +47,7 @@ class Admission:
     def prepare(self, request: Request) -> Request:
         """The request with its images read, which takes a while and may be done in any thread. Raises RequestError."""
         self._check_images(request.prompt)
-        if not any(isinstance(part, ImagePart) for part in request.prompt):
+        if not request.has_unread_images:
             return request
         parts = tuple(self._read(part) if isinstance(part, ImagePart) else part for part in request.prompt)
         return replace(request, prompt=cast(Prompt, parts))

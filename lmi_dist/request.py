@@ -113,6 +113,10 @@ class Request:
     adapter: str = ""
     cache_salt: str = ""  # prompts share cached blocks only under the same salt
 
+    @property
+    def has_unread_images(self) -> bool:
+        return isinstance(self.prompt, tuple) and any(isinstance(part, ImagePart) for part in self.prompt)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:

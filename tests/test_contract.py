@@ -176,7 +176,7 @@ class Tokenizer:
         return "hi"
 
 
-MODEL: Any = SimpleNamespace(tokenizer=Tokenizer(), max_model_len=64, model=SimpleNamespace(generation={}))
+MODEL: Any = SimpleNamespace(image_token=None, tokenizer=Tokenizer(), max_model_len=64, model=SimpleNamespace(generation={}))
 BODIES = {
     "": {"inputs": "hi"}, "/generate": {"inputs": "hi"}, "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},

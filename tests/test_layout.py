@@ -43,6 +43,7 @@ HANDLER_LEVELS = (
         "dialects",
         "fields",
         "formatter",
+        "images",
         "logs",
         "options",
         "packages",

@@ -51,6 +51,9 @@ class EngineView(Protocol):
     @property
     def model(self) -> ModelView: ...
 
+    @property
+    def image_token(self) -> str | None: ...
+
 
 def completion(fields: Fields, engine: EngineView, handler: "HandlerConfig") -> tuple[tuple[Request, ...], OpenAIFormatter]:
     """/v1/completions: `prompt` is text, token ids, or a list of either; each is a request of its own."""
@@ -98,7 +101,7 @@ def djl_chat(fields: Fields, engine: EngineView, handler: "HandlerConfig") -> tu
 
 def _chat_request(fields: Fields, engine: EngineView, num_tokens: int | None) -> tuple[Request, bool]:
     """The request of a chat body, and whether log probabilities are wanted."""
-    prompt = chat_prompts.render(fields, engine.tokenizer)
+    prompt = chat_prompts.render(fields, engine.tokenizer, engine.image_token)
     logprobs, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top is not None and not logprobs:
         raise fields.refuse("top_logprobs", "needs logprobs=true")

@@ -14,6 +14,7 @@ from lmi_dist_handler import custom, openai_requests, tgi_requests
 from lmi_dist_handler.bodies import FORM, form_of, read_body
 from lmi_dist_handler.fields import Fields
 from lmi_dist_handler.formatter import Formatter, dialect_of_route
+from lmi_dist_handler.images import split_markdown
 from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.openai_responses import Ask, DjlChat, DjlChatEvents, DjlChatLines
 from lmi_dist_handler.options import FORMATTERS, UNBUILT_FORMATTERS
@@ -87,12 +88,12 @@ def parse_whole(inputs: Input, engine: "EngineView", handler: "HandlerConfig", o
     form = "json" if handler.enable_streaming == "false" else "jsonlines"
     if form == "jsonlines" and wishes.num_candidates > 1:
         raise parameters.refuse("n" if "n" in parameters else "best_of", "is for whole answers; leave it out with enable_streaming")
-    requests = _requests(prompts, parameters, _params(parameters, wishes, form, engine))
+    requests = _requests(prompts, parameters, _params(parameters, wishes, form, engine), engine)
     fields.ignore("stream")
     fields.warn_of_unknown()
     if form == "jsonlines":
         return Parsed(requests, OutputLines([one.id for one in requests]))
-    return Parsed(requests, _list_of(requests, wishes))
+    return Parsed(requests, _list_of(requests, prompts, wishes))
 
 
 def _headers(properties: Mapping[str, str]) -> dict[str, str]:
@@ -115,7 +116,7 @@ def parse(
     elif route == "/v1/chat/completions":
         parsed = Parsed(*openai_requests.chat(fields, engine, handler))
     elif dialect == "tgi":
-        parsed = Parsed(*tgi_requests.generate(fields, route))
+        parsed = Parsed(*tgi_requests.generate(fields, route, engine.image_token))
     elif handler.dialect.is_todays and ("prompt" in fields or ("messages" in fields and "inputs" not in fields)):
         read = openai_requests.completion if "prompt" in fields else openai_requests.chat
         asked, form = read(fields, engine, handler)
@@ -146,12 +147,12 @@ def _lmi(fields: Fields, engine: "EngineView", handler: "HandlerConfig", own: Fu
         raise fields.refuse("inputs", f"is a list, which is for whole answers, not for {form}; leave out stream or send one string")
     wishes = _wishes(parameters, prompts[0], handler)
     params = _params(parameters, wishes, form, engine)
-    requests = _requests(prompts, parameters, params)
+    requests = _requests(prompts, parameters, params, engine)
     if form == OWN and writer is not None:
         seen = asked or custom.text_input(prompts[0], parameters.values, engine.tokenizer, tgi_compat=handler.tgi_compat)
         return Parsed(requests, custom.CustomFormatter(writer, seen, handler.dialect))
     if is_list:
-        return Parsed(requests, _list_of(requests, wishes))
+        return Parsed(requests, _list_of(requests, prompts, wishes))
     return Parsed(requests, _formatter(form, wishes, requests[0], handler))
 
 
@@ -163,14 +164,15 @@ def _lmi_fields(fields: Fields) -> tuple[list[str], Fields, bool]:
     return prompts, fields.section("parameters"), is_list
 
 
-def _requests(prompts: Sequence[str], parameters: Fields, params: SamplingParams) -> tuple[Request, ...]:
+def _requests(prompts: Sequence[str], parameters: Fields, params: SamplingParams, engine: "EngineView") -> tuple[Request, ...]:
     truncate = parameters.integer("truncate", 1)
     parameters.warn_of_unknown()
-    return tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in prompts)
+    read = [split_markdown(prompt, "inputs", engine.image_token) for prompt in prompts]
+    return tuple(Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=truncate) for prompt in read)
 
 
-def _list_of(requests: Sequence[Request], wishes: Wishes) -> JsonList:
-    return JsonList({one.id: Json(replace(wishes, prompt=str(one.prompt))) for one in requests})
+def _list_of(requests: Sequence[Request], prompts: Sequence[str], wishes: Wishes) -> JsonList:
+    return JsonList({one.id: Json(replace(wishes, prompt=prompt)) for one, prompt in zip(requests, prompts, strict=True)})
 
 
 def _form(parameters: Fields, stream: bool, handler: "HandlerConfig", *, has_writer: bool) -> str:

@@ -1,7 +1,7 @@
 """Async mode: one call, one request. The engine runs in a thread of its own; each request is an async generator of reply frames.
 
-Bodies above PARSE_INLINE_BYTES are parsed in an executor; tokenization is the engine's (`Engine.add`) and happens in the engine's
-thread between two steps, for at most ADMIT_TIME_S at a time while others are decoding.
+Bodies above PARSE_INLINE_BYTES are parsed in an executor, images are read in one; tokenization is the engine's (`Engine.add`) and
+happens in the engine's thread between two steps, for at most ADMIT_TIME_S at a time while others are decoding.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmi_dist import LmiError, StepError
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PARSE_INLINE_BYTES = 32 * 1024
 ADMIT_TIME_S = 0.05
+IMAGE_READERS = 2  # requests whose images are read at the same time
 MAX_PIECE = 4 * 1024 * 1024  # characters of one frame: at most 16 MiB of UTF-8, below DJL's 20 MiB for a content value
 
 
@@ -215,6 +216,7 @@ class Streams:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
+        self._reading = asyncio.Semaphore(IMAGE_READERS)
         self._first_token = Histogram(FIRST_TOKEN_BOUNDS_S)
 
     async def answer(self, inputs: Input) -> AsyncIterator[Output]:
@@ -265,11 +267,22 @@ class Streams:
                 raise UnavailableError("the model is being stopped; try again later")
             arguments = (inputs, self._engine, self._config, self._own)
             if len(inputs.get_as_bytes() or b"") <= PARSE_INLINE_BYTES or self._own is not NONE:
-                return parse(*arguments)
-            return await asyncio.to_thread(parse, *arguments)
+                parsed = parse(*arguments)
+            else:
+                parsed = await asyncio.to_thread(parse, *arguments)
+            return await self._read_images(parsed)
         except Exception as error:  # told to this client alone
             told = responses.refusal(inputs.get_properties(), _told(error), self._config.dialect)
             return _failed(told, "application/json")
+
+    async def _read_images(self, parsed: requests.Parsed) -> requests.Parsed:
+        """Images are decoded and resized in a thread, apart from the loop's and the engine's; of few requests at a time, since each
+        may take as much memory as its pixels do."""
+        if not any(request.has_unread_images for request in parsed.requests):
+            return parsed
+        async with self._reading:
+            read = await asyncio.to_thread(lambda: tuple([self._engine.prepare(request) for request in parsed.requests]))
+        return replace(parsed, requests=read)
 
     async def _answered(self, parsed: requests.Parsed, feed: Feed) -> AsyncIterator[Frame]:
         try:

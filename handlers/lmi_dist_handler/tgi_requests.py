@@ -9,6 +9,7 @@ import uuid
 
 from lmi_dist import Request, SamplingParams
 from lmi_dist_handler.fields import Fields
+from lmi_dist_handler.images import split_markdown
 from lmi_dist_handler.sampling import LMI, Sampling
 from lmi_dist_handler.tgi_responses import Tgi, TgiEvents, TgiFormatter, TgiWishes
 
@@ -18,7 +19,7 @@ SEED_BITS = 53  # of a seed that we choose: clients in JavaScript can send it ba
 TGI = {name: target for name, target in LMI.items() if name != "n"}
 
 
-def generate(fields: Fields, route: str) -> tuple[tuple[Request, ...], TgiFormatter]:
+def generate(fields: Fields, route: str, image_token: str | None = None) -> tuple[tuple[Request, ...], TgiFormatter]:
     """The request of a body and the form of its answer. `route` is one of TGI_ROUTES."""
     prompt = fields.text("inputs")
     parameters = fields.section("parameters")
@@ -29,7 +30,8 @@ def generate(fields: Fields, route: str) -> tuple[tuple[Request, ...], TgiFormat
         _refuse_unstreamed(parameters)
     wishes = _wishes(parameters, prompt, is_listed=route == "/" and not stream)
     params = _params(parameters, wishes, stream)
-    request = Request(id=uuid.uuid4().hex, prompt=prompt, params=params, truncate=parameters.integer("truncate", 1))
+    read = split_markdown(prompt, "inputs", image_token)
+    request = Request(id=uuid.uuid4().hex, prompt=read, params=params, truncate=parameters.integer("truncate", 1))
     parameters.warn_of_unknown()
     return (request,), (TgiEvents if stream else Tgi)(wishes)
 

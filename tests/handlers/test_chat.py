@@ -1,14 +1,16 @@
 """Messages through real chat templates, in transformers' sandbox."""
 
+import base64
 import copy
 from typing import Any
 
 import pytest
+import tiny_llava
 import tiny_tokenizers
 from lmi_dist_handler.chat import render
 from lmi_dist_handler.fields import Fields
 
-from lmi_dist import RequestError
+from lmi_dist import ImagePart, RequestError
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
@@ -167,3 +169,72 @@ def test_empty_prompt_is_refused() -> None:
 def test_model_without_template_is_told() -> None:
     with pytest.raises(RequestError, match="messages need a chat template, which this model has not; send inputs or prompt"):
         rendered(user("hi"), None)
+
+
+# ---- images ----
+
+PICTURE = ImagePart(b"a picture")
+URL = "data:image/png;base64," + base64.b64encode(PICTURE.data).decode()
+SEEN = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
+PLAIN = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+
+
+def seen(messages: object, template: str) -> Any:
+    tokenizer = copy.deepcopy(tiny_llava.tokenizer())
+    tokenizer.chat_template = template
+    return render(Fields({"messages": messages}), tokenizer, tiny_llava.IMAGE)
+
+
+def test_image_is_a_line_in_front_of_its_message() -> None:
+    parts = [{"type": "text", "text": "what"}, SEEN, {"type": "text", "text": "is it?"}]
+
+    assert seen(user(parts), PLAIN) == ("<user>", PICTURE, "\nwhat\nis it?")
+
+
+def test_each_image_has_its_place() -> None:
+    prompt = seen([*user([SEEN, SEEN, {"type": "text", "text": "a"}]), *user("b"), *user([SEEN])], PLAIN)
+
+    assert prompt == ("<user>", PICTURE, "\n", PICTURE, "\na<user>b<user>", PICTURE, "\n")
+
+
+def test_template_that_walks_parts_gets_parts() -> None:
+    template = tiny_llava.tokenizer().chat_template
+
+    prompt = seen([{"role": "system", "content": "be brief"}, *user([{"type": "text", "text": "what?"}, SEEN])], template)
+
+    assert prompt == ("SYSTEM: be brief USER: ", PICTURE, "\nwhat? ASSISTANT:")
+
+
+def test_image_token_that_users_spell_is_text() -> None:
+    tokenizer = tiny_llava.tokenizer()
+    place = tokenizer.convert_tokens_to_ids(tiny_llava.IMAGE)
+
+    prompt = seen(user([SEEN, {"type": "text", "text": "an <image>"}]), PLAIN)
+
+    assert [part for part in prompt if not isinstance(part, int)] == [PICTURE]
+    assert place not in prompt
+    assert tokenizer.decode([part for part in prompt if isinstance(part, int)]).endswith("an <image>")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            user([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]),
+            r"content\[0\].image_url.url=.* is no data URI",
+        ),
+        (user([{"type": "image_url", "image_url": URL}]), r"content\[0\].image_url=.* must be an object"),
+        (user([{"type": "image_url"}]), r"image_url.url is missing"),
+        (
+            user([{"type": "input_audio"}]),
+            r"content\[0\].type=\"input_audio\" is not for this model: it reads text and image_url only",
+        ),
+        ([{"role": "system", "content": "an <image>"}, *user("hi")], "messages have 0 images, but .* leaves 1 places"),
+        ([*user("hi"), {"role": "tool", "content": [SEEN]}], "messages have 1 images, but .* leaves 0 places"),
+    ],
+)
+def test_bad_image_is_told_by_place(messages: object, message: str) -> None:
+    without_tools = "{% for message in messages %}{% if message.role != 'tool' %}{{ message.content }}{% endif %}{% endfor %}"
+
+    with pytest.raises(RequestError, match=message):
+        seen(messages, without_tools)

@@ -22,7 +22,7 @@ def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
     return {"input_ids": [ord(letter) for letter in text]}
 
 
-ENGINE: Any = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(generation={}))
+ENGINE: Any = SimpleNamespace(image_token=None, tokenizer=tokenizer, model=SimpleNamespace(generation={}))
 
 
 def parsed(body: object, own: Functions, route: str = "", **options: Any) -> Parsed:

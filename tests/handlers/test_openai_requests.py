@@ -28,7 +28,7 @@ class Tokenizer:
         return " ".join(map(str, ids))
 
 
-ENGINE = SimpleNamespace(tokenizer=Tokenizer(), max_model_len=64, model=SimpleNamespace(generation=WISHES))
+ENGINE = SimpleNamespace(image_token=None, tokenizer=Tokenizer(), max_model_len=64, model=SimpleNamespace(generation=WISHES))
 HANDLER = HandlerConfig(engine=EngineConfig(model="m"), model_name="served")
 
 

@@ -29,7 +29,7 @@ class PlainChat:
 
 
 WISHES = {"temperature": 0.5, "top_p": 0.75, "top_k": 40.0}
-ENGINE = SimpleNamespace(tokenizer=PlainChat(), max_model_len=64, model=SimpleNamespace(generation=WISHES))
+ENGINE = SimpleNamespace(image_token=None, tokenizer=PlainChat(), max_model_len=64, model=SimpleNamespace(generation=WISHES))
 
 
 def handler(**more: Any) -> HandlerConfig:

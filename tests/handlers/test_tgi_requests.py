@@ -11,7 +11,7 @@ from lmi_dist_handler.tgi_responses import Tgi, TgiEvents, TgiFormatter, TgiWish
 
 from lmi_dist import EngineConfig, RequestError, SamplingParams
 
-ENGINE = SimpleNamespace(tokenizer=None, model=SimpleNamespace(generation={"temperature": 0.5, "top_k": 3.0}))
+ENGINE = SimpleNamespace(image_token=None, tokenizer=None, model=SimpleNamespace(generation={"temperature": 0.5, "top_k": 3.0}))
 HANDLER = HandlerConfig(engine=EngineConfig(model="m"), model_name="m")
 
 

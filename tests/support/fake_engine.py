@@ -19,6 +19,8 @@ class FakeEngine:
     """Refuses the prompt `bad`, is full for `full`, fails in the middle of `broken`, raises out of a step for `crash` and out of
     abort, too, for `doom`; the letter `_` has no text. `gate`, once closed, holds every step; `steps` counts them."""
 
+    image_token = None
+
     def __init__(self) -> None:
         self.running: dict[str, tuple[Request, int]] = {}
         self.aborted: list[str] = []
