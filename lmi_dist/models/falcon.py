@@ -43,7 +43,7 @@ class Layer:
         eps, bias = keys.number("layer_norm_epsilon", default=1e-5), keys.boolean("bias", default=False)
         self.is_parallel = keys.boolean("parallel_attn", default=True)
         has_two_norms = keys.integer("num_ln_in_parallel_attn") == 2
-        # ALiBi is added to the products before they are scaled
+        # ALiBi is added to the products before they are scaled. transformers rounds slope * position to bf16, this does not
         alibi = alibi_slopes(config.num_heads) * config.head_dim**-0.5 if keys.boolean("alibi", default=False) else None
         self.attn_norm = LayerNorm.load(weights, f"{prefix}.{'ln_attn' if has_two_norms else 'input_layernorm'}", hidden, eps)
         attention = f"{prefix}.self_attention"

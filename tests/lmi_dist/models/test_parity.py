@@ -21,17 +21,26 @@ from lmi_dist.runner import Runner
 # ---- against transformers ----
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_continuation_equals_transformers(settled: Callable[[str], Settled], variant: str, kernels: str) -> None:
+def test_greedy_continuation_equals_transformers(settled: Callable[[str], Settled], variant: str) -> None:
     folder, _, references = settled(variant)
-    runner = driving.make_runner(folder, kernels)
+    runner = driving.make_runner(folder)
 
     courses = driving.run(runner, driving.make_scheduler(runner), {0: references[0].prompt, 1: references[1].prompt})
 
     for number, reference in enumerate(references):
         assert tuple(courses[number].ids) == reference.ids
         assert tiny_models.relative_error(courses[number].rows, reference.logits) < tiny_models.TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plain_torch_equals_transformers_at_every_position(settled: Callable[[str], Settled], variant: str) -> None:
+    folder, model, references = settled(variant)
+    ids = references[1].prompt + references[1].ids[:-1]
+
+    logits = driving.logits_at_every_position(driving.make_runner(folder, "torch"), ids)
+
+    assert tiny_models.relative_error(logits, tiny_models.teacher_forced(model, ids)) < tiny_models.TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
