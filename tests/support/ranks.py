@@ -87,8 +87,11 @@ def run(size: int, body: Callable[..., Any], rounds: int | None = None) -> list[
         return group.results()
 
 
-def continue_prompts(link: Any, folder: Path, prompts: list[tuple[int, ...]], dtype: str = "fp32") -> tuple[str, list[Course]]:
-    """On every rank a digest of all sums over ranks; on rank 0 also what became of the prompts, which run together in batches."""
+def continue_prompts(
+    link: Any, folder: Path, prompts: list[Any], dtype: str = "fp32", drive: Callable[..., dict[int, Course]] = driving.run
+) -> tuple[str, list[Course]]:
+    """On every rank a digest of all sums over ranks; on rank 0 also what became of the prompts, which run together in batches.
+    `drive`: as driving.run, for prompts that are more than token ids."""
     digest = note_sums(link)
     runner = driving.make_runner(folder, link=link, dtype=dtype, tensor_parallel_degree=link.ranks.size)
     if isinstance(link, FollowerLink):
@@ -96,7 +99,7 @@ def continue_prompts(link: Any, folder: Path, prompts: list[tuple[int, ...]], dt
             runner.forward(plan)
         return digest.hexdigest(), []
     scheduler = driving.make_scheduler(runner, prefill_chunk_tokens=20)
-    courses = driving.run(publishing(runner, link), scheduler, dict(enumerate(prompts)))
+    courses = drive(publishing(runner, link), scheduler, dict(enumerate(prompts)))
     link.close()
     return digest.hexdigest(), list(courses.values())
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import driving
 import pytest
+import ranks
 import tiny_llava
 import tiny_models
 import torch
@@ -232,6 +233,23 @@ def test_other_image_finds_no_prefix(alone: Any, settled: Any) -> None:
 
     assert scheduler.prefix_hit_tokens == 0
     assert torch.equal(courses[0].rows, run(runner, {0: other}, 1)[0].rows)
+
+
+# ---- two ranks ----
+
+
+def test_two_ranks_say_what_transformers_says(settled: Callable[[str], Settled]) -> None:
+    cases = [settled(name) for name in ("1.5", "1.6-mistral")]
+    rounds = [(each.folder, admit(each.folder, *map(prompt_of, CASES))) for each in (*cases, cases[0])]
+
+    first, second = ranks.run(2, lambda link, number: ranks.continue_prompts(link, *rounds[number], drive=run_on), len(rounds))
+
+    assert [digest for digest, _ in first] == [digest for digest, _ in second], "equal bits between ranks"
+    assert first[0][0] == first[-1][0], "equal bits between runs"
+    for each, (_, courses) in zip(cases, first, strict=False):
+        for course, (_, reference) in zip(courses, each.references, strict=True):
+            assert tuple(course.ids) == reference.ids
+            assert tiny_models.relative_error(course.rows, reference.logits) < tiny_models.TOLERANCE
 
 
 # ---- in the engine ----

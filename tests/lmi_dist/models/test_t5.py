@@ -1,12 +1,13 @@
 """T5 of every version against transformers on tiny random checkpoints, and equal bits in any company (CPU column)."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import driving
 import pytest
+import ranks
 import tiny_models
 import tiny_t5
 import torch
@@ -151,6 +152,24 @@ def test_cached_encoder_gives_equal_bits(settled: Any, alone: Any, variant: str)
     assert not encoded
     for number, course in enumerate(expected):
         assert torch.equal(courses[number].rows, course.rows)
+
+
+# ---- two ranks ----
+
+
+def test_two_ranks_say_what_transformers_says(settled: Callable[[str], Settled]) -> None:
+    cases = [settled(name) for name in ("t5", "flan", "v1.1")]
+    rounds = [(each.folder, [reference.prompt for reference in each.references]) for each in (*cases, cases[0])]
+    drive = partial(driving.run, start=tiny_t5.START)
+
+    first, second = ranks.run(2, lambda link, number: ranks.continue_prompts(link, *rounds[number], drive=drive), len(rounds))
+
+    assert [digest for digest, _ in first] == [digest for digest, _ in second], "equal bits between ranks"
+    assert first[0][0] == first[-1][0], "equal bits between runs"
+    for each, (_, courses) in zip(cases, first, strict=False):
+        for course, reference in zip(courses, each.references, strict=True):
+            assert tuple(course.ids) == reference.ids
+            assert tiny_models.relative_error(course.rows, reference.logits) < tiny_models.TOLERANCE
 
 
 # ---- in the engine ----
