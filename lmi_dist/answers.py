@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from lmi_dist.request import FinishReason, ModelInput, Output, Request, SamplingParams, Token, TokenLogprob
 from lmi_dist.sampler import Choice, Draws, candidate_seed
-from lmi_dist.scheduler import Finished
+from lmi_dist.sequence import Finished
 from lmi_dist.text import StopStrings, TextDecoder, TextStream
 
 

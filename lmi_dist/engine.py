@@ -23,7 +23,8 @@ from lmi_dist.plan import Chunk, Plan
 from lmi_dist.request import FinishReason, Output, Request
 from lmi_dist.runner import Runner
 from lmi_dist.sampler import Choice, Row, Sampler
-from lmi_dist.scheduler import Scheduler, Sequence, wants_token
+from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sequence import Sequence
 from lmi_dist.setup import explain, load_tokenizer
 from lmi_dist.text import TextDecoder
 

@@ -8,58 +8,10 @@ import collections.abc
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from lmi_dist.blocks import BlockPool, PrefixChain
-from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Encode, PlacedImage, Plan, Span
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sequence:
-    """One text that grows: its tokens, when it ends, and where it stands. Only its Scheduler changes it once it was added.
-
-    Four counts of tokens, each at most the one before: known (`token_ids`), scheduled (their keys are in the cache or will be
-    when the plan in flight has run), computed (their keys are in the cache), published (counted in blocks; others may find them).
-    """
-
-    id: int
-    token_ids: list[int]  # the prompt, then what was generated
-    prompt_length: int
-    max_tokens: int  # generated at most
-    stop_ids: frozenset[int] = frozenset()
-    min_tokens: int = 0  # a stop id ends the sequence only if at least so many were generated, itself included
-    salt: str = ""
-    wants_prompt_logits: bool = False  # each prompt token gets its row of logits once, so cached blocks cannot stand in for it
-    leader: int | None = None  # a sequence added before with the same prompt, whose blocks this one waits for
-    adapter: int = -1
-    encoder_ids: tuple[int, ...] = ()  # what an encoder reads as a whole before the first token; all tokens attend to its keys
-    images: tuple[PlacedImage, ...] = ()  # in order; at their places the token ids count for nothing
-
-    state: Literal["out", "waiting", "running"] = field(default="out", init=False)  # out: not added yet, or ended
-    arrival: int = field(default=0, init=False)
-    table: tuple[int, ...] = field(default=(), init=False)
-    cross_table: tuple[int, ...] = field(default=(), init=False)  # the blocks of the encoder's keys
-    num_scheduled: int = field(default=0, init=False)
-    num_computed: int = field(default=0, init=False)
-    num_published: int = field(default=0, init=False)  # blocks
-    num_passed: int = field(default=0, init=False)  # blocks before the window: given back, -1 in the table
-    prefill_end: int = field(default=0, init=False)  # tokens that were known when it was admitted; beyond them it decodes
-    num_prompt_rows: int = field(default=0, init=False)  # prompt tokens whose logits were delivered, if wanted
-    chain: PrefixChain = field(init=False, repr=False)
-    leading: "Sequence | None" = field(default=None, init=False, repr=False)  # the leader itself; its id may be used again
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - self.prompt_length
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A sequence that `commit` ended. Of the tokens given to that commit its first `num_kept` count, the rest was cut off."""
-
-    sequence_id: int
-    reason: Literal["eos_token", "length"]
-    num_kept: int
+from lmi_dist.plan import MAX_PROMPT_ROWS, Chunk, Encode, PlacedImage, Plan
+from lmi_dist.sequence import Finished, Sequence
 
 
 @dataclass(slots=True)
@@ -297,7 +249,7 @@ class Scheduler:
                 others.append(sequence)
             else:
                 sequence.num_scheduled = start + 1
-                step.decoding.append((sequence, _chunk(sequence, start, start + 1, 1)))
+                step.decoding.append((sequence, sequence.chunk(start, start + 1, 1)))
             index += 1
         return others
 
@@ -439,7 +391,7 @@ class Scheduler:
         sequence.num_scheduled = end
         step.budget -= num_tokens
         step.prompt_rows -= num_outputs if _wants_rows(sequence) else 0
-        step.prefilling.append((sequence, _chunk(sequence, start, end, num_outputs)))
+        step.prefilling.append((sequence, sequence.chunk(start, end, num_outputs)))
 
     # ---- recording ----
 
@@ -499,29 +451,6 @@ class Scheduler:
         self._pool.give_back(sequence.table[sequence.num_passed :])
         sequence.table = sequence.cross_table = ()
         sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.num_passed = sequence.prefill_end = 0
-
-
-def _chunk(sequence: Sequence, start: int, end: int, num_outputs: int) -> Chunk:
-    return Chunk(
-        sequence=sequence.id,
-        token_ids=tuple(sequence.token_ids[start:end]),
-        start=start,
-        table=sequence.table,
-        prompt_length=sequence.prompt_length,
-        num_outputs=num_outputs,
-        adapter=sequence.adapter,
-        cross_table=sequence.cross_table,
-        cross_length=len(sequence.encoder_ids),
-        spans=_spans(sequence, start, end),
-    )
-
-
-def _spans(sequence: Sequence, start: int, end: int) -> tuple[Span, ...]:
-    """The rows of the sequence's images that stand at positions start .. end - 1."""
-    if not sequence.images:
-        return ()
-    cuts = [(max(start, placed.start), min(end, placed.end), placed) for placed in sequence.images]
-    return tuple([Span(first, p.image.digest, first - p.start, last - first) for first, last, p in cuts if first < last])
 
 
 def _first_row(sequence: Sequence) -> int:

@@ -25,7 +25,7 @@ ENGINE_LEVELS = (
     ("local_link",),
     ("meeting",),
     ("blocks", "images", "weights"),
-    ("kv_cache",),
+    ("kv_cache", "sequence"),
     ("batch",),
     ("scheduler", "quant", "lora", "sampler", "text"),
     ("layers",),
@@ -71,8 +71,11 @@ HANDLER_LEVELS = (
     ("__init__", "cli"),
     ("bench", "demo"),
 )
-FORBIDDEN = {"models": {"ops", "quant", "request", "scheduler"}, "layers": {"request", "scheduler", "blocks"}}
-WITHOUT_TORCH = ("errors", "config", "request", "plan", "blocks", "scheduler")
+FORBIDDEN = {
+    "models": {"ops", "quant", "request", "scheduler", "sequence"},
+    "layers": {"request", "scheduler", "sequence", "blocks"},
+}
+WITHOUT_TORCH = ("errors", "config", "request", "plan", "blocks", "sequence", "scheduler")
 HOST_PROCESS = ("properties", "wire", "group", "host", "front", "http", "server", "cli", "demo")
 # worker.py: the rank is part of its socket's name, which it must tell before torch is loaded
 READ_ENVIRONMENT = {f"handlers/lmi_dist_handler/{name}.py" for name in ("properties", "worker")} | {"lmi_dist/parallel.py"}

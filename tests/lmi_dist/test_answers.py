@@ -5,7 +5,7 @@ import tiny_tokenizers
 from lmi_dist.answers import Job
 from lmi_dist.request import ModelInput, Output, Request, SamplingParams
 from lmi_dist.sampler import Choice
-from lmi_dist.scheduler import Finished
+from lmi_dist.sequence import Finished
 from lmi_dist.text import TextDecoder
 
 TEXT = TextDecoder(tiny_tokenizers.byte_level())

@@ -6,7 +6,8 @@ import pytest
 
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.plan_stream import PlanReader, PlanWriter
-from lmi_dist.scheduler import Scheduler, Sequence, wants_token
+from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sequence import Sequence
 
 
 @pytest.mark.parametrize("window", [0, 24])

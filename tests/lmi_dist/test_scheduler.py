@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduler_model import WatchedScheduler
 
 from lmi_dist.plan import Chunk, Encode, Image, PlacedImage, Plan, Span
-from lmi_dist.scheduler import Finished, Scheduler, Sequence, wants_token
+from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sequence import Finished, Sequence
 
 
 def watched(**changes: Any) -> WatchedScheduler:

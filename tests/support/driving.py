@@ -12,7 +12,8 @@ from lmi_dist.link import Link
 from lmi_dist.models import read_config
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.runner import Runner
-from lmi_dist.scheduler import Scheduler, Sequence, wants_token
+from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sequence import Sequence
 from lmi_dist.weights import Checkpoint
 
 AVAILABLE_BYTES = 1 << 30

@@ -5,7 +5,8 @@ from collections.abc import Sequence as Items
 from typing import Any
 
 from lmi_dist.plan import Chunk, Plan
-from lmi_dist.scheduler import Finished, Scheduler, Sequence, wants_token
+from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sequence import Finished, Sequence
 
 GARBAGE = -1
 

@@ -23,7 +23,8 @@ from lmi_dist.models import read_config
 from lmi_dist.plan import Chunk, Encode, Plan, Span
 from lmi_dist.request import ModelInput, Prompt
 from lmi_dist.runner import Runner
-from lmi_dist.scheduler import Sequence, wants_token
+from lmi_dist.scheduler import wants_token
+from lmi_dist.sequence import Sequence
 from lmi_dist.text import TextDecoder
 
 LENGTH = 500
