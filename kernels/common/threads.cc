@@ -5,6 +5,9 @@
 #include "common/relax.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -25,6 +28,23 @@ bool spin_until(Condition holds) {
     relax();
   }
   return holds();
+}
+
+/* Ties this thread to the share-th CPU that the process may use, if there are as many as shares: otherwise two threads may share one
+ * for 8 ms before the system moves one of them. The caller's thread is not ours to tie; the system finds it the CPU that is left. */
+void stay_on_cpu(int32_t share, int32_t num_shares) {
+#if defined(__linux__)
+  cpu_set_t allowed, own;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) != num_shares) return;
+  int cpu = 0;
+  for (int32_t left = share; !CPU_ISSET(cpu, &allowed) || left-- > 0;) ++cpu;
+  CPU_ZERO(&own);
+  CPU_SET(cpu, &own);
+  sched_setaffinity(0, sizeof own, &own); /* a wish: no matter if it is refused */
+#else
+  (void)share;
+  (void)num_shares;
+#endif
 }
 
 struct Job {
@@ -85,6 +105,7 @@ class Pool {
   }
 
   void work(int32_t share) {
+    stay_on_cpu(share, num_workers_ + 1);
     bool is_last = false;
     for (uint64_t seen = 0; !is_last; ++seen) {
       const auto posted = [&] { return generation_.load(std::memory_order_acquire) != seen; };

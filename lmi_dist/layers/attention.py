@@ -71,8 +71,8 @@ class SelfAttention:
             ),
         )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return self.out(self.attend(self.qkv(x, batch), batch), batch)
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.out(self.attend(self.qkv(x, batch), batch), batch, residual=residual)
 
 
 class PagedAttention:

@@ -60,13 +60,16 @@ class Linear:
         x: torch.Tensor,
         batch: ForwardBatch | None,
         *,
+        residual: torch.Tensor | None = None,
         activation: ops.Activation = "identity",
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
+        """act(y) + residual; residual: [T,F], added before the result is rounded, and in the pass that writes it."""
         if self.split == "outputs":
-            return self.weight(x, bias=self.bias, activation=activation, out_dtype=out_dtype)
-        bias = self.bias if self.link.ranks.rank == 0 else None  # the sum over ranks must hold it once
-        return self.link.all_reduce(self.weight(x, bias=bias, activation=activation, out_dtype=out_dtype))
+            return self.weight(x, bias=self.bias, residual=residual, activation=activation, out_dtype=out_dtype)
+        bias, residual = (self.bias, residual) if self.link.ranks.rank == 0 else (None, None)  # the sum over ranks holds them once
+        y = self.weight(x, bias=bias, residual=residual, activation=activation, out_dtype=out_dtype)
+        return self.link.all_reduce(y)
 
 
 def _load_bias(weights: Weights, pieces: list[Piece]) -> torch.Tensor:

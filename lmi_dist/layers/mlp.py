@@ -87,5 +87,5 @@ class GatedMLP:
             ACTIVATIONS[activation],
         )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return self.down(self.gate_up(x, batch, activation=self.activation), batch)
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down(self.gate_up(x, batch, activation=self.activation), batch, residual=residual)

@@ -55,9 +55,10 @@ class SparseMoE:
             weights.link,
         )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor | None = None) -> torch.Tensor:
         scores = self.router(x, batch, out_dtype=torch.float32)  # bf16 would make ties
         routing = ops.moe_route(scores, self.top_k, renormalize=True)
         rows = self.gate_up(ops.moe_gather(x, routing.order), routing.starts, activation=self.activation)
-        y = ops.moe_combine(self.down(rows, routing.starts), routing.weights, routing.order)
+        residual = residual if self.link.ranks.rank == 0 else None  # the sum over ranks holds it once
+        y = ops.moe_combine(self.down(rows, routing.starts), routing.weights, routing.order, residual=residual)
         return self.link.all_reduce(y)

@@ -1,7 +1,6 @@
 """Llama 1 to 3.x (Touvron et al. 2023; Grattafiori et al. 2024), and what is Llama but for facts of its row in ARCHITECTURES:
 Mistral (a sliding window), Qwen 2 (qkv_bias), Qwen 3 (qk_norm), Phi-3 (fused_projections, partial_rotary)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ModelConfig
 from lmi_dist.layers.attention import SelfAttention
 from lmi_dist.layers.mlp import ACTIVATIONS, GatedMLP
+from lmi_dist.layers.moe import SparseMoE
 from lmi_dist.layers.norm import PerHead, RMSNorm
 from lmi_dist.layers.qkv import joined, separate
 from lmi_dist.layers.rotary import rotary
@@ -20,7 +20,7 @@ from lmi_dist.weights import Weights
 class Layer:
     """Attention, then feed-forward, each normalised before and added to what came in."""
 
-    mlp: Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
+    mlp: GatedMLP | SparseMoE
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
         prefix = f"model.layers.{layer}"
@@ -30,8 +30,8 @@ class Layer:
         self.mlp = load_mlp(config, weights, layer)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), batch)
-        return x + self.mlp(self.mlp_norm(x), batch)
+        x = self.attn(self.attn_norm(x), batch, residual=x)
+        return self.mlp(self.mlp_norm(x), batch, residual=x)
 
 
 class LlamaForCausalLM(Decoder):

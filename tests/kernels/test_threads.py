@@ -78,6 +78,19 @@ def test_child_of_a_fork_has_its_own_threads(library: Library) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_threads_stay_on_cpus_of_their_own(library: Library) -> None:
+    """With as many threads as CPUs, each but the caller's has one of them."""
+    cpus = sorted(os.sched_getaffinity(0))
+    library.set_threads(len(cpus))
+    ops.activation(rand(500, 300), "silu", gated=False)
+    time.sleep(0.01)  # a thread of an earlier pool may be about to end
+
+    allowed = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+
+    assert {cpu for own in allowed if len(own) == 1 < len(cpus) for cpu in own} == set(cpus[1:])
+    assert os.sched_getaffinity(0) == set(cpus)
+
+
 def test_idle_threads_cost_nothing(library: Library) -> None:
     ops.activation(rand(500, 300), "silu", gated=False)
     time.sleep(0.01)  # longer than threads look out before they sleep
