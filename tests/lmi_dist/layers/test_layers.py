@@ -81,14 +81,20 @@ class TestLayers:
         parts = [functional.linear(x.float(), tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in ("q", "k")]
         close(y, torch.cat(parts, 1), dtype)
 
-    def test_linear_split_by_inputs_adds_its_bias_once(
-        self, weights: Weights, tensors: dict[str, torch.Tensor], batch: ForwardBatch, dtype: torch.dtype
+    @pytest.mark.parametrize("num_ranks", [1, 2])
+    def test_linear_split_by_inputs_adds_bias_and_residual_once(
+        self, weights: Weights, tensors: dict[str, torch.Tensor], batch: ForwardBatch, dtype: torch.dtype, num_ranks: int
     ) -> None:
-        x = x_of(dtype, F)
+        x, residual, before = x_of(dtype, F), x_of(dtype), x_of(dtype)
+        y = torch.zeros(7, E)
 
-        y = Linear.load(weights, ["down"], "inputs", inputs=F, outputs=[E], bias=True)(x, batch)
+        for rank in range(num_ranks):  # a link that sums nothing: what each would bring to the sum
+            own = Weights(weights.checkpoint, dtype, Link(Ranks(rank, num_ranks)))
+            linear = Linear.load(own, ["down"], "inputs", inputs=F, outputs=[E], bias=True)
+            y += linear(x.chunk(num_ranks, 1)[rank], batch, residual=residual)
 
-        close(y, functional.linear(x.float(), tensors["down.weight"], tensors["down.bias"]), dtype)
+        close(y, functional.linear(x.float(), tensors["down.weight"], tensors["down.bias"]) + residual.float(), dtype)
+        assert torch.equal(residual, before)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_gated_block_equals_transformers(
