@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_models
 from djl_host import VERSIONS, Client, DjlHost, Version
+from running_server import until
 from warm_python import warm
 
 from lmi_dist import Engine, EngineConfig, Request, SamplingParams
@@ -355,6 +357,9 @@ def test_python_engine_starts_its_own_ranks(model: Model, python: list[str]) -> 
         host.roll([one.client for one in wanted])
         single = host.ask(Client.of(inputs=PROMPTS[0], parameters=GREEDY))
         ranks = [line for line in host.lines if "Python engine started" in line]
+        behind = psutil.Process(host.process.pid).children(recursive=True)
+        host.kill()  # as DJL ends a worker of this engine: nobody tells those behind it
+        until(lambda: not any(process.is_running() for process in behind))
 
     for one in wanted:
         check(host.version, one)
