@@ -57,6 +57,7 @@ def environment() -> dict[str, str]:
     }
 
 
+@pytest.mark.timeout(600)  # the build counts as its own: four levels with sanitizers, 100 s of CPU time when all is new
 def test_kernels_pass_under_sanitizers(environment: dict[str, str]) -> None:
     tests = [
         sys.executable,
