@@ -124,10 +124,8 @@ def has_alibi(config: ModelConfig) -> bool:
 
 def load_norm(config: ModelConfig, weights: Weights, prefix: str, size: int, part: slice = WHOLE) -> LayerNorm | RMSNorm:
     """norm_type's norm, or `part` of it."""
-    keys, eps = (
-        config.keys,
-        config.keys.number("layer_norm_epsilon", default=1e-5),
-    )  # torch's default, which the published code keeps
+    keys = config.keys
+    eps = keys.number("layer_norm_epsilon", default=1e-5)  # torch's default, which the published code keeps
     if "rms" in keys.choice("norm_type", NORMS, default="low_precision_layernorm"):
         return RMSNorm.load(weights, prefix, size, eps, part=part)
     return LayerNorm.load(weights, prefix, size, eps, bias=keys.boolean("has_bias", default=False), part=part)
