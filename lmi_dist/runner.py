@@ -92,7 +92,7 @@ def take_cpus(ranks: Ranks) -> None:
 def _share_cpus(column: str, num_threads: int) -> None:
     """Our kernels have threads of their own. Torch's would spin on the same CPUs for a while after each small operation that is
     still torch's, so torch gets one; on the torch column it does the work itself and gets them all."""
-    torch.set_num_threads(1 if column.startswith("cpu") else num_threads)
+    torch.set_num_threads(num_threads if column.startswith("torch") else 1)
 
 
 @contextmanager

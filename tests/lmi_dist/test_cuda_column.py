@@ -1,0 +1,75 @@
+"""The engine on the CUDA column, which the stand-in runs on a CPU: it says what it says on the CPU column."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from lmi_dist import Engine, EngineConfig, Request, SamplingParams, ops
+
+NUM_TOKENS = 16
+# between them all that llama-like models ask of attention, and the other operations of the header that a model calls
+VARIANTS = [
+    "llama2-gqa",
+    "mqa",
+    "wide-heads",
+    "both-biases-tied",
+    "mistral-window",
+    "gemma2",
+    "falcon-rw",
+    "gptj",
+    "mixtral",
+    "phi4-mini",
+]
+WAYS = (
+    {"temperature": 0.0},
+    {"seed": 5, "top_k": 20, "repetition_penalty": 1.2},
+    {"seed": 6, "top_p": 0.9, "frequency_penalty": 0.3},
+)
+
+
+@pytest.fixture(autouse=True)
+def column():
+    """What the engines below have chosen ends with the test."""
+    with ops.using("cpu", 1):
+        yield
+
+
+def generate(folder: Path, kernels: str, dtype: str) -> list[list[int]]:
+    """Ids of a long prompt, which comes in chunks among the others' decodes, and of short ones, each drawn in its way."""
+    config = {
+        "model": str(folder),
+        "dtype": dtype,
+        "kernels": kernels,
+        "cpu_threads": 1,
+        "max_model_len": 128,
+        "prefill_chunk_tokens": 20,
+    }
+    engine = Engine(EngineConfig.of(config))
+    for index, way in enumerate(WAYS):
+        params = SamplingParams(**{"max_tokens": NUM_TOKENS, "seed": 1, "ignore_eos": True, **way})
+        engine.add(Request(id=str(index), prompt=list(tiny_models.prompt_of(70 if index == 0 else 5, seed=index)), params=params))
+    ids: dict[str, list[int]] = {str(index): [] for index in range(len(WAYS))}
+    while engine.has_work:
+        for output in engine.step():
+            ids[output.request_id] += [token.id for token in output.tokens]
+    return list(ids.values())
+
+
+def check_same_ids(variant: str, dtype: str, folder: Path) -> None:
+    tiny_models.save(tiny_models.build(variant), folder)
+
+    ids = generate(folder, "sim", dtype)
+
+    assert [len(each) for each in ids] == [NUM_TOKENS] * len(WAYS)
+    assert ids == generate(folder, "cpu", dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cuda_column_generates_the_cpu_columns_ids(variant: str, tmp_path: Path) -> None:
+    check_same_ids(variant, "fp32", tmp_path)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "mixtral"])  # whose experts nearly tie in bf16
+def test_tensor_cores_generate_the_cpu_columns_ids(variant: str, tmp_path: Path) -> None:
+    check_same_ids(variant, "bf16", tmp_path)
