@@ -32,6 +32,7 @@ test-page: $(STAMPS)/dev $(STAMPS)/kernels
 
 soak: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/python -m pytest -m soak $(PYTEST)
+	$(BIN)/python tests/mutate_cuda.py
 
 lint: $(STAMPS)/dev $(STAMPS)/kernels
 	$(BIN)/ruff format --check .
