@@ -203,7 +203,7 @@ __device__ int draw_token(const Left &left, unsigned long long seed, uint32_t po
   return draw_in_block(best).id;
 }
 
-__global__ void __launch_bounds__(kRowThreads) sample_kernel(Choice choice) {
+__global__ void __launch_bounds__(kRowThreads, 4) sample_kernel(Choice choice) {
   const int64_t row = blockIdx.x;
   float *const logits = choice.logits.row(row);
   const float temperature = choice.temperature[row];
