@@ -66,7 +66,7 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Expl
     choices = {
         "dtype": memory.dtype,
         "device": "cpu",
-        "kernels": kernels.split()[0],
+        "kernels": ops.chosen().name,
         "cpu_threads": threads,
         "max_model_len": memory.max_model_len,
         "prefill_chunk_tokens": config.prefill_chunk_tokens or CPU_PREFILL_CHUNK_TOKENS,

@@ -28,7 +28,7 @@ PROMPT = "Return the"
 PARAMETERS = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 7}
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses to listen at, and where to find them
 READY_TIMEOUT_S = 600.0
-CLEAN_UP_S = 10.0
+CLEAN_UP_S = 20.0
 READ_TIMEOUT_S = 120.0  # between two pieces of the answer
 TRAINER = ("demo_model.py", "demo_text.py")
 
