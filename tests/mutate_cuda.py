@@ -32,6 +32,15 @@ RULES = [
     ("forget a lane", r"lanes = 16;", "lanes = 8;"),
 ]
 
+# Faults that change nothing, and why: (file, rule, part of the line).
+HARMLESS = [
+    # these order memory for the GPU; on the stand-in, lanes meet in the shuffles or products beside them anyway
+    ("attention_plain.cuh", "drop a barrier", "__syncwarp"),
+    ("attention_tiles.cuh", "drop a barrier", "__syncwarp"),
+    # every warp has a place of its own, only another one
+    ("attention_plain.cuh", "shift an index", "of_warps[threadIdx.x / 32]"),
+]
+
 # Files and the tests that know them; others are looked at by all.
 TESTS = {
     "attention": ["test_attention.py"],
@@ -55,6 +64,10 @@ class Fault:
     line: int
     text: str  # the whole file with the fault
     was: str
+
+    @property
+    def is_harmless(self) -> bool:
+        return any(self.file.name == file and self.rule == rule and part in self.was for file, rule, part in HARMLESS)
 
     def __str__(self) -> str:
         return f"{self.file.name}:{self.line}: {self.rule}: {self.was}"
@@ -125,7 +138,7 @@ def main() -> None:
         workplace = Workplace(Path(folder))
         for fault in every:
             caught = workplace.catches(fault)
-            print("caught  " if caught else "SURVIVES", fault, flush=True)
+            print("caught  " if caught else "harmless" if fault.is_harmless else "SURVIVES", fault, flush=True)
             if not caught:
                 survivors.append(fault)
     num_caught = len(every) - len(survivors)

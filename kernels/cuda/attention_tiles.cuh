@@ -100,7 +100,6 @@ class UnitAtWork {
       add_values(slot(2 * tile), slot(2 * tile + 1), part);
     }
     total.merge(part);
-    ptx::wait_copies<0>();
     __syncthreads(); /* the ring is free for the next unit */
   }
 

@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
             "-DCMAKE_MAKE_PROGRAM=" + ninja(),
         ]
     )
-    run([*cmake, "--build", str(BUILD)])
+    run([*cmake, "--build", str(BUILD), "--target", "lmi_cpu"])
     # The sanitizer must be loaded before anything else, and the C++ library with it, for exceptions.
     linked = subprocess.run(["ldd", LIBRARY], capture_output=True, text=True, check=True).stdout
     preload = re.findall(r"=> (\S*(?:asan|libstdc\+\+|libc\+\+)\S*)", linked)
@@ -101,6 +101,19 @@ def test_sanitizer_catches_reading_beyond_a_tensor(environment: dict[str, str]) 
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "not caught" not in done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_cuda_column_passes_under_sanitizers(environment: dict[str, str]) -> None:
+    """On its stand-in: what a kernel reads or writes outside of its tensors and its shared memory."""
+    run([sys.executable, "-m", "cmake", "--build", str(BUILD), "--target", "lmi_sim"])
+    library = LIBRARY.with_name("liblmi_sim.so")
+    tests = [sys.executable, "-m", "pytest", "tests/kernels", "--column=sim", f"--library={library}", "-x"]
+
+    output = run([*tests, "-k", "random and not bits"], env=environment)
+
+    assert int(re.search(r"(\d+) passed", output)[1]) > 400  # type: ignore[index]  # pytest says it
 
 
 def ninja() -> str:
