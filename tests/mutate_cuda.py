@@ -39,17 +39,19 @@ HARMLESS = [
     ("attention_tiles.cuh", "drop a barrier", "__syncwarp"),
     # every warp has a place of its own, only another one
     ("attention_plain.cuh", "shift an index", "of_warps[threadIdx.x / 32]"),
+    ("logits.cuh", "shift an index", "of_warp[threadIdx.x / 32]"),
+    ("sampling.cu", "shift an index", "of_warp[threadIdx.x / 32]"),
 ]
 
 # Files and the tests that know them; others are looked at by all.
 TESTS = {
     "attention": ["test_attention.py"],
     "linear": ["test_linear.py"],
-    "lora": ["test_lora.py"],
-    "moe": ["test_moe.py"],
+    "lora": ["test_lora.py", "test_device_column.py"],
+    "moe": ["test_moe.py", "test_device_column.py"],
     "norm": ["test_norm.py"],
-    "rotary": ["test_rotary.py"],
-    "penalize": ["test_sampling.py"],
+    "rotary": ["test_rotary.py", "test_device_column.py"],
+    "penalize": ["test_sampling.py", "test_device_column.py"],
     "sampling": ["test_sampling.py"],
     "logprobs": ["test_sampling.py"],
     "logits": ["test_sampling.py"],

@@ -212,8 +212,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) sample_kernel(Choice choice) {
   if (id >= 0 && temperature != 0.0f) {
     for (int i = threadIdx.x; i < choice.vocabulary; i += kRowThreads) {
       logits[i] = logits[i] == first.logit ? 0.0f : (logits[i] - first.logit) / temperature;
-    }
-    __syncthreads();
+    } /* no barrier: a thread reads the same places throughout */
     Left left{logits, choice.vocabulary};
     keep_top_k(left, choice.top_k[row]);
     keep_top_p(left, choice.top_p[row]);

@@ -2,8 +2,8 @@
 
 A test that takes `library` runs with that library chosen as the column: the CPU's at the best level of this machine with 1 and 2
 threads, and at each other level with 2, since how rows are shared does not depend on the level; and the CUDA column on its
-stand-in, whose levels are orders of threads. A test marked `cpu_column` is about what only the CPU's promises. The sanitizer test
-runs these same tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
+stand-in, whose levels are orders of threads. A test marked `cpu_column` or `device_column` is about what only one of them
+promises. The sanitizer test runs these same tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ ORDERS = ("forward", "reverse", "random")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_column: not for the CUDA column")
+    config.addinivalue_line("markers", "device_column: for the CUDA column only")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,8 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
-        only_cpu = any(mark.name == "cpu_column" for mark in metafunc.definition.iter_markers())
-        backends = [each for each in backends_of(metafunc.config) if not (only_cpu and each[0] == "sim")]
+        marks = {mark.name for mark in metafunc.definition.iter_markers()}
+        columns = {"cpu"} if "cpu_column" in marks else {"sim"} if "device_column" in marks else {"cpu", "sim"}
+        backends = [each for each in backends_of(metafunc.config) if each[0] in columns]
         names = ["-".join(map(str, each)) for each in backends]
         metafunc.parametrize("library", backends, ids=names, indirect=True)
 
