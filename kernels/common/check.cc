@@ -94,6 +94,11 @@ void check_optional(const char *name, const lmi_tensor &tensor, int32_t dtype, s
   if (is_given(tensor)) check(name, tensor, dtype, shape);
 }
 
+void check_entries(const char *name, const lmi_tensor &entries, int64_t minimum, int64_t maximum) {
+  const int32_t *entry = static_cast<const int32_t *>(entries.data);
+  for (int64_t i = 0; i < entries.size[0]; ++i) check_range(name, entry[i], minimum, maximum);
+}
+
 void check_starts(const char *name, const lmi_tensor &starts, int64_t last) {
   const int32_t *start = static_cast<const int32_t *>(starts.data);
   const int64_t num = starts.size[0];

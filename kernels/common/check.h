@@ -38,6 +38,9 @@ void check_range(const char *name, int64_t value, int64_t minimum, int64_t maxim
 void check(const char *name, const lmi_tensor &tensor, int32_t dtype, std::initializer_list<Size> shape);
 void check_optional(const char *name, const lmi_tensor &tensor, int32_t dtype, std::initializer_list<Size> shape);
 
+/* Each entry of an I32 vector must lie between the two. */
+void check_entries(const char *name, const lmi_tensor &entries, int64_t minimum, int64_t maximum);
+
 /* Rows of an I32 vector must be increasing from 0 to `last`: starts of pieces. */
 void check_starts(const char *name, const lmi_tensor &starts, int64_t last);
 

@@ -1,17 +1,13 @@
 /* Activation of a matrix, alone or as the gate of its other half. A row belongs to one thread. */
 #include "common/activate.h"
-
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
 
 void activation(const lmi_activation_args &args) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  check_range("activation", args.activation, LMI_IDENTITY, LMI_QUICK_GELU);
+  check_arguments(args);
   const int64_t width = args.x.size[1], num = args.gated ? width / 2 : width;
-  require(!args.gated || width % 2 == 0, "x must have an even number of columns, gate and up");
-  check("out", args.out, args.x.dtype, {{"T", args.x.size[0]}, {"F", num}});
   parallel_for(args.x.size[0], rows_a_share(4 * width), [&](int64_t begin, int64_t end) {
     Floats row(width);
     for (int64_t t = begin; t < end; ++t) {

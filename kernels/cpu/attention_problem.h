@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
@@ -85,36 +86,6 @@ std::vector<float> bias_by_distance(const lmi_attention_args &args) {
   return bias;
 }
 
-void check_bias(const lmi_attention_args &args) {
-  if (!is_given(args.relative_bias)) return;
-  check_dims("relative_bias", args.relative_bias, 2);
-  const int64_t buckets = args.relative_bias.size[0];
-  check("relative_bias", args.relative_bias, LMI_F32, {{"buckets", buckets}, {"H", args.q.size[1]}});
-  require(buckets >= (args.causal ? 2 : 4), "relative_bias must have at least 2 buckets, 4 if not causal");
-  check_range("max_distance", args.max_distance, buckets / (args.causal ? 2 : 4) + 1, 1 << 20);
-}
-
-void check_shapes(const lmi_attention_args &args) {
-  check_dims("q", args.q, 3);
-  check_dims("k_cache", args.k_cache, 4);
-  check_dims("starts", args.starts, 1);
-  check_dims("tables", args.tables, 2);
-  const int64_t *q = args.q.size, *cache = args.k_cache.size, sequences = args.starts.size[0] - 1;
-  check_float("q", args.q);
-  check("out", args.out, args.q.dtype, {{"T", q[0]}, {"H", q[1]}, {"D", q[2]}});
-  check("k_cache", args.k_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
-  check("v_cache", args.v_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
-  check("key_lengths", args.key_lengths, LMI_I32, {{"B", sequences}});
-  check("tables", args.tables, LMI_I32, {{"B", sequences}, {"max_blocks", args.tables.size[1]}});
-  check_dtype("starts", args.starts, LMI_I32);
-  check_starts("starts", args.starts, q[0]);
-  check_optional("alibi", args.alibi, LMI_F32, {{"H", q[1]}});
-  require(q[2] > 0 && q[2] <= 256 && q[2] % 8 == 0, "D must be a multiple of 8 up to 256");
-  require(cache[1] > 0 && q[1] % cache[1] == 0, "K must divide H");
-  require(cache[2] > 0, "P must be at least 1");
-  require(args.window >= 0, "window must be at least 0");
-}
-
 /* Every block that a row of the sequence sees must be there. */
 void check_table(const Problem &problem, int64_t sequence) {
   const lmi_tensor &tables = problem.args.tables;
@@ -133,8 +104,8 @@ void check_table(const Problem &problem, int64_t sequence) {
 
 /* Checks the arguments and looks at them; throws LMI_BAD_ARGUMENT. */
 Problem problem_of(const lmi_attention_args &args) {
-  check_shapes(args);
-  check_bias(args);
+  check_arguments(args);
+  check_starts("starts", args.starts, args.q.size[0]);
   const int64_t size = args.q.size[2], kv_heads = args.k_cache.size[1];
   Problem problem{args, args.starts.size[0] - 1, kv_heads, args.q.size[1] / kv_heads, size, (size + kPad - 1) / kPad * kPad,
                   args.k_cache.size[2], {}};

@@ -1,6 +1,7 @@
 /* Rows of a table by id. A row of out belongs to one thread. */
 #include <cstring>
 
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
@@ -15,11 +16,7 @@ void copy_scaled(const lmi_embedding_args &args, int64_t from, int64_t to, float
 }  // namespace
 
 void embedding(const lmi_embedding_args &args) {
-  check_dims("table", args.table, 2);
-  check_float("table", args.table);
-  check_dims("ids", args.ids, 1);
-  check_dtype("ids", args.ids, LMI_I32);
-  check("out", args.out, args.table.dtype, {{"T", args.ids.size[0]}, {"E", args.table.size[1]}});
+  check_arguments(args);
   const int64_t num_rows = args.table.size[0], num = args.table.size[1];
   const size_t row_bytes = static_cast<size_t>(num * bytes_of(args.table.dtype));
   parallel_for(args.ids.size[0], rows_a_share(num), [&](int64_t begin, int64_t end) {

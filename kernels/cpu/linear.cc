@@ -119,30 +119,6 @@ void multiply(const lmi_linear_args &args) {
   return multiply_with<BF16Tiles>(args, layout);
 }
 
-/* ---- checks ---- */
-
-void check_like_x(const char *name, const lmi_tensor &tensor, const lmi_tensor &x, const Size &tokens, const Size &outputs) {
-  check_shape(name, tensor, {tokens, outputs});
-  if (tensor.dtype != LMI_F32) check_dtype(name, tensor, x.dtype);
-}
-
-void check_linear(const lmi_linear_args &args, int64_t expected_bytes) {
-  const LinearShape shape{args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
-  require(!*why_unsupported(shape), why_unsupported(shape));
-  check_range("activation", args.activation, LMI_IDENTITY, LMI_QUICK_GELU);
-  check_dims("x", args.x, 2);
-  const Size tokens{"T", args.x.size[0]}, all{"F", args.out_features}, half{"F/2", args.out_features / 2};
-  check("x", args.x, args.dtype, {tokens, {"E", args.in_features}});
-  check_like_x("out", args.out, args.x, tokens, args.gated ? half : all);
-  if (is_given(args.addend)) check_like_x("addend", args.addend, args.x, tokens, all);
-  if (is_given(args.residual)) check_like_x("residual", args.residual, args.x, tokens, args.gated ? half : all);
-  check("packed", args.packed, LMI_U8, {{"packed_bytes", expected_bytes}});
-}
-
-int64_t packed_bytes_of(const lmi_linear_args &args) {
-  return packed_bytes({args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated});
-}
-
 /* Rows begin .. end - 1 of a matrix that may be absent. */
 lmi_tensor rows_between(lmi_tensor tensor, int64_t begin, int64_t end) {
   if (!is_given(tensor)) return tensor;
@@ -169,20 +145,14 @@ lmi_linear_args expert_args(const lmi_grouped_linear_args &args, int64_t expert)
 }  // namespace
 
 void linear(const lmi_linear_args &args) {
-  check_linear(args, packed_bytes_of(args));
-  check_optional("bias", args.bias, args.dtype, {{"F", args.out_features}});
+  check_arguments(args, packed_bytes(shape_of(args)));
   multiply(args);
 }
 
 void grouped_linear(const lmi_grouped_linear_args &args) {
-  check_dims("starts", args.starts, 1);
-  check_dtype("starts", args.starts, LMI_I32);
-  const int64_t num_experts = args.starts.size[0] - 1;
-  require(args.expert_bytes >= packed_bytes_of(args.linear), "expert_bytes must be at least the packed bytes of one weight");
-  check_linear(args.linear, num_experts * args.expert_bytes);
-  check_optional("bias", args.linear.bias, args.linear.dtype, {{"X", num_experts}, {"F", args.linear.out_features}});
+  check_arguments(args, packed_bytes(shape_of(args.linear)));
   check_starts("starts", args.starts, args.linear.x.size[0]);
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
+  for (int64_t expert = 0; expert < args.starts.size[0] - 1; ++expert) {
     if (integers(args.starts)[expert] < integers(args.starts)[expert + 1]) multiply(expert_args(args, expert));
   }
 }

@@ -1,7 +1,5 @@
 #include "cpu/linear_layout.h"
 
-#include "lmi_kernels.h"
-
 namespace lmi {
 namespace {
 
@@ -15,16 +13,6 @@ int64_t column_inputs(const LinearShape &shape) {
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
-
-const char *why_unsupported(const LinearShape &shape) {
-  if (shape.out_features < 1 || shape.in_features < 1) return "out_features and in_features must be at least 1";
-  if (shape.dtype != LMI_F32 && shape.dtype != LMI_BF16 && shape.dtype != LMI_F16) return "dtype must be F32, BF16 or F16";
-  if (shape.format < LMI_DENSE || shape.format > LMI_INT4) return "format must be DENSE, INT8 or INT4";
-  if (shape.format == LMI_DENSE && shape.group != 0) return "group must be 0 for DENSE weights";
-  if (shape.format != LMI_DENSE && (shape.group < 1 || shape.in_features % shape.group)) return "group must divide in_features";
-  if (shape.gated && shape.out_features % 2) return "out_features must be even for a gated weight";
-  return "";
-}
 
 PanelLayout panel_layout(const LinearShape &shape) {
   PanelLayout layout;

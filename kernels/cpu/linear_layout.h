@@ -10,17 +10,12 @@
  * The panel's outputs are f = 32 p + 16 half + j; with gated, f = half * F/2 + 16 p + j, so that gate and up meet in one lane.
  * Outputs beyond F are zero. */
 #pragma once
-#include <cstdint>
+#include "common/arguments.h"
 
 namespace lmi {
 
 constexpr int64_t kPanel = 32, kHalf = 16;
 constexpr int64_t kTileInputs = 32; /* of a 16-bit weight, that a tile of AMX takes */
-
-struct LinearShape {
-  int64_t out_features, in_features, group;
-  int32_t dtype, format, gated;
-};
 
 struct PanelLayout {
   int64_t num_panels, num_groups;
@@ -31,8 +26,6 @@ struct PanelLayout {
   int64_t panel_bytes;
 };
 
-/* Empty if it can be packed, else what stands against it. */
-const char *why_unsupported(const LinearShape &shape);
 PanelLayout panel_layout(const LinearShape &shape);
 int64_t packed_bytes(const LinearShape &shape);
 

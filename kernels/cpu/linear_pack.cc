@@ -74,20 +74,6 @@ void put_lane(const lmi_linear_pack_args &args, const PanelLayout &layout, const
   }
 }
 
-void check_pack(const lmi_linear_pack_args &args, const LinearShape &shape) {
-  require(!*why_unsupported(shape), why_unsupported(shape));
-  check_dims("w", args.w, 2);
-  const bool dense = args.format == LMI_DENSE;
-  const Size rows{"rows", args.w.size[0]}, groups{"E/group", dense ? 0 : args.in_features / args.group};
-  check("w", args.w, dense ? args.dtype : LMI_U8, {rows, {"E", args.in_features}});
-  check_range("row_offset", args.row_offset, 0, args.out_features - args.w.size[0]);
-  if (!dense) {
-    check("scales", args.scales, args.dtype, {rows, groups});
-    check("zeros", args.zeros, LMI_U8, {rows, groups});
-  }
-  check("packed", args.packed, LMI_U8, {{"packed_bytes", packed_bytes(shape)}});
-}
-
 /* Those that hold one of the rows: the threads share these alone, for a large weight comes in many pieces. */
 template <class Function>
 std::vector<int64_t> panels_with(const LinearShape &shape, const PanelLayout &layout, Function has_row) {
@@ -103,8 +89,8 @@ std::vector<int64_t> panels_with(const LinearShape &shape, const PanelLayout &la
 }  // namespace
 
 void linear_pack(const lmi_linear_pack_args &args) {
-  const LinearShape shape{args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
-  check_pack(args, shape);
+  const LinearShape shape = shape_of(args);
+  check_arguments(args, packed_bytes(shape));
   const PanelLayout layout = panel_layout(shape);
   ask_for_huge_pages(args.packed.data, args.packed.size[0]);
   const auto has_row = [&](int64_t output) { return output >= args.row_offset && output < args.row_offset + args.w.size[0]; };

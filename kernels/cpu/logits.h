@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "common/arguments.h"
 #include "common/math.h"
 #include "common/rows.h"
 
@@ -64,12 +65,6 @@ double sum_terms(int64_t n, Term term) {
   double total = 0.0;
   for (int64_t i = 0; i + kBlock <= n; i += kBlock) total += sum_block(i, kBlock, term);
   return total + sum_block(n / kBlock * kBlock, n % kBlock, term);
-}
-
-inline void check_logits(const lmi_tensor &logits) {
-  check_dims("logits", logits, 2);
-  check_dtype("logits", logits, LMI_F32);
-  require(logits.size[1] > 0, "V must be at least 1");
 }
 
 }  // namespace lmi::LMI_LEVEL

@@ -64,24 +64,11 @@ bool tell(const lmi_logprobs_args &args, int64_t row) {
   return true;
 }
 
-void check_logprobs(const lmi_logprobs_args &args) {
-  check_logits(args.logits);
-  const Size rows = {"R", args.logits.size[0]};
-  check("ids", args.ids, LMI_I32, {rows});
-  check("values", args.values, LMI_F32, {rows});
-  check("ranks", args.ranks, LMI_I32, {rows});
-  for (int64_t row = 0; row < rows.value; ++row) check_range("ids", integers(args.ids)[row], 0, args.logits.size[1] - 1);
-  if (!is_given(args.top_ids)) return;
-  check_dims("top_ids", args.top_ids, 2);
-  check_range("top", args.top_ids.size[1], 0, args.logits.size[1]);
-  check("top_ids", args.top_ids, LMI_I32, {rows, {"top", args.top_ids.size[1]}});
-  check("top_values", args.top_values, LMI_F32, {rows, {"top", args.top_ids.size[1]}});
-}
-
 }  // namespace
 
 void logprobs(const lmi_logprobs_args &args) {
-  check_logprobs(args);
+  check_arguments(args);
+  check_entries("ids", args.ids, 0, args.logits.size[1] - 1);
   for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
     while (begin < end && tell(args, begin)) ++begin;
     return begin;

@@ -1,4 +1,5 @@
 /* Low-rank adapters, each token with its own. A token belongs to one thread. */
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
@@ -24,27 +25,11 @@ void project_up(const lmi_lora_args &args, int64_t adapter, const float *inner, 
   }
 }
 
-void check_lora(const lmi_lora_args &args) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  check_dims("a", args.a, 3);
-  check_dims("b", args.b, 3);
-  const Size adapters{"A", args.a.size[0]}, rank{"rank", args.a.size[1]}, outputs{"F", args.b.size[1]};
-  check("a", args.a, args.x.dtype, {adapters, rank, {"E", args.x.size[1]}});
-  check("b", args.b, args.x.dtype, {adapters, outputs, rank});
-  check("scales", args.scales, LMI_F32, {adapters});
-  check("adapters", args.adapters, LMI_I32, {{"T", args.x.size[0]}});
-  check_shape("out", args.out, {{"T", args.x.size[0]}, outputs});
-  if (args.out.dtype != LMI_F32) check_dtype("out", args.out, args.x.dtype);
-  for (int64_t t = 0; t < args.x.size[0]; ++t) {
-    check_range("an entry of adapters", integers(args.adapters)[t], INT32_MIN, args.a.size[0] - 1);
-  }
-}
-
 }  // namespace
 
 void lora(const lmi_lora_args &args) {
-  check_lora(args);
+  check_arguments(args);
+  check_entries("an entry of adapters", args.adapters, INT32_MIN, args.a.size[0] - 1);
   const int64_t num_inputs = args.x.size[1], num_outputs = args.out.size[1], rank = args.a.size[1];
   parallel_for(args.x.size[0], rows_a_share(rank * (num_inputs + num_outputs)), [&](int64_t begin, int64_t end) {
     Floats x(num_inputs), out(num_outputs), inner(rank), weights(num_inputs > rank ? num_inputs : rank);

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/math.h"
 #include "common/rows.h"
 
@@ -57,27 +58,11 @@ void order_pairs(const lmi_moe_route_args &args) {
 }
 
 /* top_k, from the number of pairs; every entry of order must be a pair. */
-int64_t check_order(const lmi_tensor &order, int64_t num_tokens) {
-  check_dims("order", order, 1);
-  check_dtype("order", order, LMI_I32);
-  const int64_t num_pairs = order.size[0];
-  require(num_tokens ? num_pairs > 0 && num_pairs % num_tokens == 0 : num_pairs == 0, "order must have T * top_k entries");
-  for (int64_t i = 0; i < num_pairs; ++i) check_range("an entry of order", integers(order)[i], 0, num_pairs - 1);
-  return num_tokens ? num_pairs / num_tokens : 1;
-}
-
 }  // namespace
 
 void moe_route(const lmi_moe_route_args &args) {
-  check_dims("logits", args.logits, 2);
-  check_float("logits", args.logits);
-  check_dims("experts", args.experts, 2);
-  const int64_t num_tokens = args.logits.size[0], num_experts = args.logits.size[1], top_k = args.experts.size[1];
-  check_range("top_k (of experts [T, top_k])", top_k, 1, num_experts);
-  check("experts", args.experts, LMI_I32, {{"T", num_tokens}, {"top_k", top_k}});
-  check("weights", args.weights, LMI_F32, {{"T", num_tokens}, {"top_k", top_k}});
-  check("order", args.order, LMI_I32, {{"T*top_k", num_tokens * top_k}});
-  check("starts", args.starts, LMI_I32, {{"X+1", num_experts + 1}});
+  check_arguments(args);
+  const int64_t num_tokens = args.logits.size[0], num_experts = args.logits.size[1];
   parallel_for(num_tokens, rows_a_share(8 * num_experts), [&](int64_t begin, int64_t end) {
     Floats logits(num_experts), p(num_experts);
     for (int64_t token = begin; token < end; ++token) route_token(args, token, logits, p);
@@ -86,10 +71,9 @@ void moe_route(const lmi_moe_route_args &args) {
 }
 
 void moe_gather(const lmi_moe_gather_args &args) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  const int64_t top_k = check_order(args.order, args.x.size[0]);
-  check("out", args.out, args.x.dtype, {{"T*top_k", args.order.size[0]}, {"E", args.x.size[1]}});
+  check_arguments(args);
+  check_entries("an entry of order", args.order, 0, args.order.size[0] - 1);
+  const int64_t top_k = top_k_of(args.order, args.x.size[0]);
   const size_t row_bytes = static_cast<size_t>(args.x.size[1] * bytes_of(args.x.dtype));
   parallel_for(args.order.size[0], rows_a_share(args.x.size[1]), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(at(args.out, i), at(args.x, integers(args.order)[i] / top_k), row_bytes);
@@ -97,12 +81,9 @@ void moe_gather(const lmi_moe_gather_args &args) {
 }
 
 void moe_combine(const lmi_moe_combine_args &args) {
-  check_dims("out", args.out, 2);
-  check_float("out", args.out);
-  const int64_t num_tokens = args.out.size[0], num = args.out.size[1], top_k = check_order(args.order, num_tokens);
-  check("y", args.y, args.out.dtype, {{"T*top_k", num_tokens * top_k}, {"E", num}});
-  check("weights", args.weights, LMI_F32, {{"T", num_tokens}, {"top_k", top_k}});
-  check_optional("residual", args.residual, args.out.dtype, {{"T", num_tokens}, {"E", num}});
+  check_arguments(args);
+  check_entries("an entry of order", args.order, 0, args.order.size[0] - 1);
+  const int64_t num_tokens = args.out.size[0], num = args.out.size[1], top_k = top_k_of(args.order, num_tokens);
   std::vector<int64_t> places(static_cast<size_t>(args.order.size[0]));
   for (int64_t i = 0; i < args.order.size[0]; ++i) places[integers(args.order)[i]] = i;
   parallel_for(num_tokens, rows_a_share(top_k * num), [&](int64_t begin, int64_t end) {

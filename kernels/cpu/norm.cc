@@ -1,6 +1,7 @@
 /* RMS norm and layer norm, with the residual addition before them. A row belongs to one thread; bound by memory. */
 #include <cmath>
 
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
@@ -26,15 +27,6 @@ float mean_of(const float *s, int64_t num) {
   return total / static_cast<float>(num);
 }
 
-void check_norm(const lmi_tensor &out, const lmi_tensor &x, const lmi_tensor &residual, const lmi_tensor &weight) {
-  check_dims("x", x, 2);
-  check_float("x", x);
-  const Size tokens{"T", x.size[0]}, hidden{"E", x.size[1]};
-  check("out", out, x.dtype, {tokens, hidden});
-  check_optional("residual", residual, x.dtype, {tokens, hidden});
-  check_optional("weight", weight, x.dtype, {hidden});
-}
-
 /* weight + offset as floats, or 1. */
 void read_weight(const lmi_tensor &weight, float offset, int64_t num, float *to) {
   if (is_given(weight)) read_vector(weight, to);
@@ -44,7 +36,7 @@ void read_weight(const lmi_tensor &weight, float offset, int64_t num, float *to)
 }  // namespace
 
 void rms_norm(const lmi_rms_norm_args &args) {
-  check_norm(args.out, args.x, args.residual, args.weight);
+  check_arguments(args);
   const int64_t num = args.x.size[1];
   Floats weight(num);
   read_weight(args.weight, args.weight_offset, num, weight);
@@ -61,8 +53,7 @@ void rms_norm(const lmi_rms_norm_args &args) {
 }
 
 void layer_norm(const lmi_layer_norm_args &args) {
-  check_norm(args.out, args.x, args.residual, args.weight);
-  check_optional("bias", args.bias, args.x.dtype, {{"E", args.x.size[1]}});
+  check_arguments(args);
   const int64_t num = args.x.size[1];
   Floats weight(num), bias(num);
   read_weight(args.weight, 0.0f, num, weight);

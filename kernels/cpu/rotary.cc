@@ -1,7 +1,7 @@
 /* Rotary embedding of q and k in place, and the write of k and v into their cache slots. A token belongs to one thread. */
-#include <algorithm>
 #include <cstring>
 
+#include "common/arguments.h"
 #include "common/rows.h"
 
 namespace lmi::LMI_LEVEL {
@@ -34,55 +34,18 @@ void write_slot(const lmi_tensor &cache, const lmi_tensor &x, int64_t token, int
   for (int64_t h = 0; h < x.size[1]; ++h) std::memcpy(at(cache, block, h, place), at(x, token, h), num_bytes);
 }
 
-void check_indices(const char *name, const lmi_tensor &indices, int64_t minimum, int64_t end) {
-  for (int64_t t = 0; t < indices.size[0]; ++t) check_range(name, integers(indices)[t], minimum, end - 1);
-}
-
-void check_rotation(const lmi_rotary_args &args, int64_t num_tokens, int64_t head_size) {
-  check_dims("cos", args.cos, 2);
-  check("cos", args.cos, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
-  check("sin", args.sin, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
-  check_range("half (of cos [rows, half])", args.cos.size[1], 0, head_size / 2);
-  check("rows", args.rows, LMI_I32, {{"T", num_tokens}});
-  check_indices("an entry of rows", args.rows, 0, args.cos.size[0]);
-}
-
-void check_cache(const char *name, const lmi_tensor &cache, const lmi_tensor &x) {
-  check_dims(name, cache, 4);
-  check(name, cache, x.dtype, {{"N", cache.size[0]}, {"K", x.size[1]}, {"P", cache.size[2]}, {"D", x.size[2]}});
-}
-
-void check_write(const lmi_rotary_args &args) {
-  check_dims("k", args.k, 3);
-  check_float("k", args.k);
-  check("v", args.v, args.k.dtype, {{"T", args.k.size[0]}, {"K", args.k.size[1]}, {"D", args.k.size[2]}});
-  check_cache("k_cache", args.k_cache, args.k);
-  check_cache("v_cache", args.v_cache, args.k);
-  require(args.k_cache.size[0] == args.v_cache.size[0] && args.k_cache.size[2] == args.v_cache.size[2],
-          "k_cache and v_cache must have the same shape [N, K, P, D]");
-  check("slots", args.slots, LMI_I32, {{"T", args.k.size[0]}});
-  check_indices("an entry of slots", args.slots, INT32_MIN, args.k_cache.size[0] * args.k_cache.size[2]);
-}
-
-bool any_given(std::initializer_list<const lmi_tensor *> tensors) {
-  return std::any_of(tensors.begin(), tensors.end(), [](const lmi_tensor *tensor) { return is_given(*tensor); });
-}
-
-void check_all(const lmi_rotary_args &args, const lmi_tensor &one) {
-  check_dims(&one == &args.q ? "q" : "k", one, 3);
-  if (is_given(args.q)) check_float("q", args.q);
-  if (any_given({&args.k, &args.v, &args.k_cache, &args.v_cache, &args.slots})) check_write(args);
-  if (is_given(args.q) && is_given(args.k)) {
-    check("k", args.k, args.q.dtype, {{"T", args.q.size[0]}, {"K", args.k.size[1]}, {"D", args.q.size[2]}});
-  }
-  if (any_given({&args.cos, &args.sin, &args.rows})) check_rotation(args, one.size[0], one.size[2]);
+/* What the integers hold. */
+void check_integers(const lmi_rotary_args &args) {
+  if (is_given(args.cos)) check_entries("an entry of rows", args.rows, 0, args.cos.size[0] - 1);
+  if (is_given(args.k)) check_entries("an entry of slots", args.slots, INT32_MIN, args.k_cache.size[0] * args.k_cache.size[2] - 1);
 }
 
 }  // namespace
 
 void rotary(const lmi_rotary_args &args) {
+  check_arguments(args);
+  check_integers(args);
   const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
-  check_all(args, one);
   const int64_t heads = (is_given(args.q) ? args.q.size[1] : 0) + (is_given(args.k) ? 2 * args.k.size[1] : 0);
   parallel_for(one.size[0], rows_a_share(heads * one.size[2]), [&](int64_t begin, int64_t end) {
     Floats head(one.size[2]);

@@ -212,18 +212,8 @@ bool choose(const lmi_sample_args &args, int64_t row, Scratch &scratch) {
   return true;
 }
 
-void check_choice(const lmi_sample_args &args) {
-  check_logits(args.logits);
-  const Size rows = {"R", args.logits.size[0]};
-  check("temperature", args.temperature, LMI_F32, {rows});
-  check("top_k", args.top_k, LMI_I32, {rows});
-  check("top_p", args.top_p, LMI_F32, {rows});
-  check("typical_p", args.typical_p, LMI_F32, {rows});
-  check("min_p", args.min_p, LMI_F32, {rows});
-  check("seeds", args.seeds, LMI_U64, {rows});
-  check("positions", args.positions, LMI_I32, {rows});
-  check("ids", args.ids, LMI_I32, {rows});
-  for (int64_t row = 0; row < rows.value; ++row) {
+void check_wishes(const lmi_sample_args &args) {
+  for (int64_t row = 0; row < args.logits.size[0]; ++row) {
     const float temperature = floats(args.temperature)[row], min_p = floats(args.min_p)[row];
     require(temperature >= 0.0f, "temperature must be at least 0");
     require(min_p <= 1.0f, "min_p must be at most 1");
@@ -233,7 +223,8 @@ void check_choice(const lmi_sample_args &args) {
 }  // namespace
 
 void sample(const lmi_sample_args &args) {
-  check_choice(args);
+  check_arguments(args);
+  check_wishes(args);
   for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
     Scratch scratch(static_cast<size_t>(args.logits.size[1]));
     while (begin < end && choose(args, begin, scratch)) ++begin;

@@ -25,12 +25,8 @@ __global__ void activation_kernel(Rows<T> out, Rows<T> x, int64_t num_rows, int6
 }  // namespace
 
 void activation(const lmi_activation_args &args, cudaStream_t stream) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  check_range("activation", args.activation, LMI_IDENTITY, LMI_QUICK_GELU);
+  check_arguments(args);
   const int64_t num_rows = args.x.size[0], width = args.gated ? args.x.size[1] / 2 : args.x.size[1];
-  require(!args.gated || args.x.size[1] % 2 == 0, "x must have an even number of columns, gate and up");
-  check("out", args.out, args.x.dtype, {{"T", num_rows}, {"F", width}});
   with_dtype(args.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(is_wide({&args.out, &args.x}), [&](auto num) {

@@ -46,38 +46,6 @@ void make_bias(const lmi_attention_args &args, float *table, cudaStream_t stream
          static_cast<int>(args.q.size[1]), args.max_distance);
 }
 
-/* ---- checks ---- */
-
-void check_bias(const lmi_attention_args &args) {
-  if (!is_given(args.relative_bias)) return;
-  check_dims("relative_bias", args.relative_bias, 2);
-  const int64_t buckets = args.relative_bias.size[0];
-  check("relative_bias", args.relative_bias, LMI_F32, {{"buckets", buckets}, {"H", args.q.size[1]}});
-  require(buckets >= (args.causal ? 2 : 4), "relative_bias must have at least 2 buckets, 4 if not causal");
-  check_range("buckets of relative_bias", buckets, 2, 2 * kMaxFarBuckets);
-  check_range("max_distance", args.max_distance, buckets / (args.causal ? 2 : 4) + 1, 1 << 20);
-}
-
-void check_shapes(const lmi_attention_args &args) {
-  check_dims("q", args.q, 3);
-  check_dims("k_cache", args.k_cache, 4);
-  check_dims("starts", args.starts, 1);
-  check_dims("tables", args.tables, 2);
-  const int64_t *q = args.q.size, *cache = args.k_cache.size, sequences = args.starts.size[0] - 1;
-  check_float("q", args.q);
-  check("out", args.out, args.q.dtype, {{"T", q[0]}, {"H", q[1]}, {"D", q[2]}});
-  check("k_cache", args.k_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
-  check("v_cache", args.v_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
-  check("key_lengths", args.key_lengths, LMI_I32, {{"B", sequences}});
-  check("tables", args.tables, LMI_I32, {{"B", sequences}, {"max_blocks", args.tables.size[1]}});
-  check_dtype("starts", args.starts, LMI_I32);
-  check_optional("alibi", args.alibi, LMI_F32, {{"H", q[1]}});
-  require(q[2] > 0 && q[2] <= 256 && q[2] % 8 == 0, "D must be a multiple of 8 up to 256");
-  require(cache[1] > 0 && q[1] % cache[1] == 0, "K must divide H");
-  require(cache[2] > 0, "P must be at least 1");
-  require(args.window >= 0, "window must be at least 0");
-}
-
 /* ---- launches ---- */
 
 template <class T>
@@ -144,8 +112,8 @@ void run(const Attention<T> &attention, const Bounds &bounds, cudaStream_t strea
 }  // namespace
 
 void attention(const lmi_attention_args &args, cudaStream_t stream) {
-  check_shapes(args);
-  check_bias(args);
+  check_arguments(args);
+  if (is_given(args.relative_bias)) check_range("buckets of relative_bias", args.relative_bias.size[0], 2, 2 * kMaxFarBuckets);
   const int64_t num_sequences = args.starts.size[0] - 1, num_tokens = args.q.size[0];
   if (num_tokens == 0) return;
   const bool has_bias = is_given(args.relative_bias);

@@ -24,12 +24,8 @@ __global__ void embedding_kernel(Rows<T> out, Rows<const T> table, const int *id
 }  // namespace
 
 void embedding(const lmi_embedding_args &args, cudaStream_t stream) {
-  check_dims("table", args.table, 2);
-  check_float("table", args.table);
-  check_dims("ids", args.ids, 1);
-  check_dtype("ids", args.ids, LMI_I32);
+  check_arguments(args);
   const int64_t tokens = args.ids.size[0], width = args.table.size[1];
-  check("out", args.out, args.table.dtype, {{"T", tokens}, {"E", width}});
   with_dtype(args.table.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(is_wide({&args.out, &args.table}), [&](auto num) {

@@ -4,18 +4,12 @@
  * INT8 and INT4 are followed by a scale and then a zero a row and group, as floats. Row p belongs to output p; with gated, rows
  * come in sixteens, 8 of the gate and the 8 of up that belong to the same outputs, so that both meet in one thread's registers. */
 #pragma once
-#include <cstdint>
-
+#include "common/arguments.h"
 #include "cuda/device.cuh"
 
 namespace lmi::cuda {
 
 constexpr int64_t kTileOutputs = 64, kTileInputs = 64;
-
-struct LinearShape {
-  int64_t out_features, in_features, group;
-  int32_t dtype, format, gated;
-};
 
 struct PackedLayout {
   int64_t num_rows;    /* with those that only fill tiles */
@@ -24,8 +18,6 @@ struct PackedLayout {
   int64_t scale_offset, zero_offset, num_bytes;
 };
 
-/* Empty if it can be packed, else what stands against it. */
-const char *why_unsupported(const LinearShape &shape);
 PackedLayout packed_layout(const LinearShape &shape);
 int64_t packed_bytes(const LinearShape &shape);
 

@@ -51,31 +51,7 @@ __global__ void pack_kernel(Pack pack) {
   }
 }
 
-void check_pack(const lmi_linear_pack_args &args, const LinearShape &shape) {
-  require(!*why_unsupported(shape), why_unsupported(shape));
-  check_dims("w", args.w, 2);
-  const bool dense = args.format == LMI_DENSE;
-  const Size rows{"rows", args.w.size[0]}, groups{"E/group", dense ? 0 : args.in_features / args.group};
-  check("w", args.w, dense ? args.dtype : LMI_U8, {rows, {"E", args.in_features}});
-  check_range("row_offset", args.row_offset, 0, args.out_features - args.w.size[0]);
-  if (!dense) {
-    check("scales", args.scales, args.dtype, {rows, groups});
-    check("zeros", args.zeros, LMI_U8, {rows, groups});
-  }
-  check("packed", args.packed, LMI_U8, {{"packed_bytes", packed_bytes(shape)}});
-}
-
 }  // namespace
-
-const char *why_unsupported(const LinearShape &shape) {
-  if (shape.out_features < 1 || shape.in_features < 1) return "out_features and in_features must be at least 1";
-  if (shape.dtype != LMI_F32 && shape.dtype != LMI_BF16 && shape.dtype != LMI_F16) return "dtype must be F32, BF16 or F16";
-  if (shape.format < LMI_DENSE || shape.format > LMI_INT4) return "format must be DENSE, INT8 or INT4";
-  if (shape.format == LMI_DENSE && shape.group != 0) return "group must be 0 for DENSE weights";
-  if (shape.format != LMI_DENSE && (shape.group < 1 || shape.in_features % shape.group)) return "group must divide in_features";
-  if (shape.gated && shape.out_features % 2) return "out_features must be even for a gated weight";
-  return "";
-}
 
 PackedLayout packed_layout(const LinearShape &shape) {
   PackedLayout layout;
@@ -93,8 +69,8 @@ PackedLayout packed_layout(const LinearShape &shape) {
 int64_t packed_bytes(const LinearShape &shape) { return *why_unsupported(shape) ? 0 : packed_layout(shape).num_bytes; }
 
 void linear_pack(const lmi_linear_pack_args &args, cudaStream_t stream) {
-  const LinearShape shape{args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated};
-  check_pack(args, shape);
+  const LinearShape shape = shape_of(args);
+  check_arguments(args, packed_bytes(shape));
   const Pack pack{vector_of<char>(args.packed),
                   packed_layout(shape),
                   vector_of<char>(args.w),

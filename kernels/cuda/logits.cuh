@@ -7,10 +7,10 @@ namespace lmi {
 
 constexpr unsigned kRowThreads = 256;
 
-inline void check_logits(const lmi_tensor &logits) {
-  check_dims("logits", logits, 2);
-  check_dtype("logits", logits, LMI_F32);
-  check_range("V (must be at least 1)", logits.size[1], 1, INT32_MAX);
+/* V, which the kernels count in 32 bits. Throws LMI_BAD_ARGUMENT. */
+inline int vocabulary_of(const lmi_tensor &logits) {
+  check_range("V", logits.size[1], 1, INT32_MAX);
+  return static_cast<int>(logits.size[1]);
 }
 
 /* A logit and where it stands; the greater wins, of equals the lower id. A NaN beats all. */

@@ -65,30 +65,17 @@ __global__ void logprobs_kernel(LogProbs wanted) {
   }
 }
 
-void check_logprobs(const lmi_logprobs_args &args) {
-  check_logits(args.logits);
-  const Size rows = {"R", args.logits.size[0]};
-  check("ids", args.ids, LMI_I32, {rows});
-  check("values", args.values, LMI_F32, {rows});
-  check("ranks", args.ranks, LMI_I32, {rows});
-  if (!is_given(args.top_ids)) return;
-  check_dims("top_ids", args.top_ids, 2);
-  check_range("top", args.top_ids.size[1], 0, args.logits.size[1]);
-  check("top_ids", args.top_ids, LMI_I32, {rows, {"top", args.top_ids.size[1]}});
-  check("top_values", args.top_values, LMI_F32, {rows, {"top", args.top_ids.size[1]}});
-}
-
 }  // namespace
 
 void logprobs(const lmi_logprobs_args &args, cudaStream_t stream) {
-  check_logprobs(args);
+  check_arguments(args);
   const LogProbs wanted{args.logits,
                         vector_of<int>(args.ids),
                         vector_of<float>(args.values),
                         vector_of<int>(args.ranks),
                         args.top_values,
                         args.top_ids,
-                        static_cast<int>(args.logits.size[1]),
+                        vocabulary_of(args.logits),
                         is_given(args.top_ids) ? static_cast<int>(args.top_ids.size[1]) : 0};
   launch("logprobs", logprobs_kernel, {static_cast<unsigned>(args.logits.size[0]), kRowThreads}, stream, wanted);
 }

@@ -40,21 +40,6 @@ __global__ void lora_kernel(Rows<Out> out, Rows<const T> x, Weights<T> a, Weight
   }
 }
 
-void check_lora(const lmi_lora_args &args) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  check_dims("a", args.a, 3);
-  check_dims("b", args.b, 3);
-  const Size adapters{"A", args.a.size[0]}, rank{"rank", args.a.size[1]}, outputs{"F", args.b.size[1]};
-  check("a", args.a, args.x.dtype, {adapters, rank, {"E", args.x.size[1]}});
-  check("b", args.b, args.x.dtype, {adapters, outputs, rank});
-  check("scales", args.scales, LMI_F32, {adapters});
-  check("adapters", args.adapters, LMI_I32, {{"T", args.x.size[0]}});
-  check_shape("out", args.out, {{"T", args.x.size[0]}, outputs});
-  if (args.out.dtype != LMI_F32) check_dtype("out", args.out, args.x.dtype);
-  check_range("rank", rank.value, 0, kMaxRank);
-}
-
 template <class T, class Out>
 void run_lora(const lmi_lora_args &args, cudaStream_t stream) {
   const Shape shape{static_cast<unsigned>(args.x.size[0]), kThreads, args.a.size[1] * sizeof(float)};
@@ -66,7 +51,8 @@ void run_lora(const lmi_lora_args &args, cudaStream_t stream) {
 }  // namespace
 
 void lora(const lmi_lora_args &args, cudaStream_t stream) {
-  check_lora(args);
+  check_arguments(args);
+  check_range("rank", args.a.size[1], 0, kMaxRank);
   with_dtype(args.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (args.out.dtype == LMI_F32) run_lora<T, float>(args, stream);

@@ -139,27 +139,12 @@ __global__ void combine_kernel(Rows<T> out, Rows<const T> y, Rows<const float> w
 }
 
 /* top_k, from the number of pairs. */
-int64_t check_order(const lmi_tensor &order, int64_t num_tokens) {
-  check_dims("order", order, 1);
-  check_dtype("order", order, LMI_I32);
-  const int64_t num_pairs = order.size[0];
-  require(num_tokens ? num_pairs > 0 && num_pairs % num_tokens == 0 : num_pairs == 0, "order must have T * top_k entries");
-  return num_tokens ? num_pairs / num_tokens : 1;
-}
-
 }  // namespace
 
 void moe_route(const lmi_moe_route_args &args, cudaStream_t stream) {
-  check_dims("logits", args.logits, 2);
-  check_float("logits", args.logits);
-  check_dims("experts", args.experts, 2);
+  check_arguments(args);
   const int64_t num_tokens = args.logits.size[0], num_experts = args.logits.size[1], top_k = args.experts.size[1];
   check_range("X (of logits [T, X])", num_experts, 1, kMaxExperts);
-  check_range("top_k (of experts [T, top_k])", top_k, 1, num_experts);
-  check("experts", args.experts, LMI_I32, {{"T", num_tokens}, {"top_k", top_k}});
-  check("weights", args.weights, LMI_F32, {{"T", num_tokens}, {"top_k", top_k}});
-  check("order", args.order, LMI_I32, {{"T*top_k", num_tokens * top_k}});
-  check("starts", args.starts, LMI_I32, {{"X+1", num_experts + 1}});
   with_dtype(args.logits.dtype, [&](auto zero) {
     const Shape shape{static_cast<unsigned>(num_tokens), 32, num_experts * sizeof(float)};
     launch("moe_route", route_kernel<decltype(zero)>, shape, stream, args.logits, args.weights, args.experts,
@@ -171,10 +156,8 @@ void moe_route(const lmi_moe_route_args &args, cudaStream_t stream) {
 }
 
 void moe_gather(const lmi_moe_gather_args &args, cudaStream_t stream) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  const int64_t top_k = check_order(args.order, args.x.size[0]), num_pairs = args.order.size[0], width = args.x.size[1];
-  check("out", args.out, args.x.dtype, {{"T*top_k", num_pairs}, {"E", width}});
+  check_arguments(args);
+  const int64_t top_k = top_k_of(args.order, args.x.size[0]), num_pairs = args.order.size[0], width = args.x.size[1];
   with_dtype(args.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(is_wide({&args.out, &args.x}), [&](auto num) {
@@ -186,13 +169,9 @@ void moe_gather(const lmi_moe_gather_args &args, cudaStream_t stream) {
 }
 
 void moe_combine(const lmi_moe_combine_args &args, cudaStream_t stream) {
-  check_dims("out", args.out, 2);
-  check_float("out", args.out);
-  const int64_t num_tokens = args.out.size[0], width = args.out.size[1], top_k = check_order(args.order, num_tokens);
+  check_arguments(args);
+  const int64_t num_tokens = args.out.size[0], width = args.out.size[1], top_k = top_k_of(args.order, num_tokens);
   const int num_pairs = static_cast<int>(args.order.size[0]);
-  check("y", args.y, args.out.dtype, {{"T*top_k", num_tokens * top_k}, {"E", width}});
-  check("weights", args.weights, LMI_F32, {{"T", num_tokens}, {"top_k", top_k}});
-  check_optional("residual", args.residual, args.out.dtype, {{"T", num_tokens}, {"E", width}});
   const Scratch places(num_pairs * sizeof(int), stream);
   launch("moe_place", place_kernel, {ceil_div(num_pairs, kMaxThreads), kMaxThreads}, stream, vector_of<int>(args.order),
          places.as<int>(), num_pairs);

@@ -80,20 +80,15 @@ __global__ void norm_kernel(Norm<T> norm) {
 
 template <bool kCentred, class Args>
 void run_norm(const char *name, const Args &args, const lmi_tensor &bias, float weight_offset, cudaStream_t stream) {
-  check_dims("x", args.x, 2);
-  check_float("x", args.x);
-  const Size tokens{"T", args.x.size[0]}, hidden{"E", args.x.size[1]};
-  check("out", args.out, args.x.dtype, {tokens, hidden});
-  check_optional("residual", args.residual, args.x.dtype, {tokens, hidden});
-  check_optional("weight", args.weight, args.x.dtype, {hidden});
-  check_optional("bias", bias, args.x.dtype, {hidden});
-  check_range("E", hidden.value, 1, kMaxRowBytes / bytes_of(args.x.dtype));
+  check_arguments(args);
+  const int64_t num_rows = args.x.size[0], width = args.x.size[1];
+  check_range("E", width, 1, kMaxRowBytes / bytes_of(args.x.dtype));
   with_dtype(args.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_width<T>(is_wide({&args.out, &args.x, &args.residual, &args.weight, &bias}), [&](auto num) {
-      const Norm<T> norm{args.out, args.x, args.residual, vector_of<T>(args.weight), vector_of<T>(bias), static_cast<int>(hidden.value),
+      const Norm<T> norm{args.out, args.x, args.residual, vector_of<T>(args.weight), vector_of<T>(bias), static_cast<int>(width),
                          args.eps, weight_offset};
-      const Shape shape{static_cast<unsigned>(tokens.value), threads_for(hidden.value / num, kMaxThreads), hidden.value * sizeof(T)};
+      const Shape shape{static_cast<unsigned>(num_rows), threads_for(width / num, kMaxThreads), width * sizeof(T)};
       launch(name, norm_kernel<T, num, kCentred>, shape, stream, norm);
     });
   });

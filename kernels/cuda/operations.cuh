@@ -1,5 +1,6 @@
 /* The operations of this column, in the header's order; library.cu exports each. Errors are thrown (common/check.h). */
 #pragma once
+#include "common/arguments.h"
 #include "common/operations.h"
 #include "cuda/device.cuh"
 

@@ -42,32 +42,10 @@ __global__ void penalize_kernel(Penalties given) {
   }
 }
 
-void check_pieces(const std::string &name, const lmi_tensor &starts, const lmi_tensor &ids, const lmi_tensor &logits) {
-  check_dims((name + "_ids").c_str(), ids, 1);
-  check_dtype((name + "_ids").c_str(), ids, LMI_I32);
-  check((name + "_starts").c_str(), starts, LMI_I32, {{"R+1", logits.size[0] + 1}});
-}
-
-void check_penalties(const lmi_penalize_args &args) {
-  const int64_t rows = args.logits.size[0];
-  if (is_given(args.history_starts)) {
-    check_pieces("history", args.history_starts, args.history_ids, args.logits);
-    check("history_counts", args.history_counts, LMI_I32, {{"entries", args.history_ids.size[0]}});
-    check("repetition", args.repetition, LMI_F32, {{"R", rows}});
-    check("presence", args.presence, LMI_F32, {{"R", rows}});
-    check("frequency", args.frequency, LMI_F32, {{"R", rows}});
-  }
-  if (is_given(args.bias_starts)) {
-    check_pieces("bias", args.bias_starts, args.bias_ids, args.logits);
-    check("bias_values", args.bias_values, LMI_F32, {{"entries", args.bias_ids.size[0]}});
-  }
-}
-
 }  // namespace
 
 void penalize(const lmi_penalize_args &args, cudaStream_t stream) {
-  check_logits(args.logits);
-  check_penalties(args);
+  check_arguments(args);
   const Penalties given{args.logits,
                         vector_of<int>(args.history_starts),
                         vector_of<int>(args.history_ids),
@@ -78,7 +56,7 @@ void penalize(const lmi_penalize_args &args, cudaStream_t stream) {
                         vector_of<int>(args.bias_starts),
                         vector_of<int>(args.bias_ids),
                         vector_of<float>(args.bias_values),
-                        static_cast<int>(args.logits.size[1])};
+                        vocabulary_of(args.logits)};
   launch("penalize", penalize_kernel, {static_cast<unsigned>(args.logits.size[0]), kThreads}, stream, given);
 }
 

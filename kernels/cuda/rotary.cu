@@ -85,47 +85,6 @@ __global__ void rotary_kernel(Rotary<T> rotary) {
   write_slot<T, kNum>(rotary, rotary.v, rotary.v_cache, token, slot);
 }
 
-bool any_given(std::initializer_list<const lmi_tensor *> tensors) {
-  for (const lmi_tensor *tensor : tensors) {
-    if (is_given(*tensor)) return true;
-  }
-  return false;
-}
-
-void check_cache(const char *name, const lmi_tensor &cache, const lmi_tensor &x) {
-  check_dims(name, cache, 4);
-  check(name, cache, x.dtype, {{"N", cache.size[0]}, {"K", x.size[1]}, {"P", cache.size[2]}, {"D", x.size[2]}});
-}
-
-void check_write(const lmi_rotary_args &args) {
-  check_dims("k", args.k, 3);
-  check_float("k", args.k);
-  check("v", args.v, args.k.dtype, {{"T", args.k.size[0]}, {"K", args.k.size[1]}, {"D", args.k.size[2]}});
-  check_cache("k_cache", args.k_cache, args.k);
-  check_cache("v_cache", args.v_cache, args.k);
-  require(args.k_cache.size[0] == args.v_cache.size[0] && args.k_cache.size[2] == args.v_cache.size[2],
-          "k_cache and v_cache must have the same shape [N, K, P, D]");
-  check("slots", args.slots, LMI_I32, {{"T", args.k.size[0]}});
-}
-
-void check_rotation(const lmi_rotary_args &args, int64_t num_tokens, int64_t head_size) {
-  check_dims("cos", args.cos, 2);
-  check("cos", args.cos, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
-  check("sin", args.sin, LMI_F32, {{"rows", args.cos.size[0]}, {"half", args.cos.size[1]}});
-  check_range("half (of cos [rows, half])", args.cos.size[1], 0, head_size / 2);
-  check("rows", args.rows, LMI_I32, {{"T", num_tokens}});
-}
-
-void check_all(const lmi_rotary_args &args, const lmi_tensor &one) {
-  check_dims(&one == &args.q ? "q" : "k", one, 3);
-  if (is_given(args.q)) check_float("q", args.q);
-  if (any_given({&args.k, &args.v, &args.k_cache, &args.v_cache, &args.slots})) check_write(args);
-  if (is_given(args.q) && is_given(args.k)) {
-    check("k", args.k, args.q.dtype, {{"T", args.q.size[0]}, {"K", args.k.size[1]}, {"D", args.q.size[2]}});
-  }
-  if (any_given({&args.cos, &args.sin, &args.rows})) check_rotation(args, one.size[0], one.size[2]);
-}
-
 template <class T>
 Rotary<T> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
   return {args.q, args.k, args.v, args.k_cache, args.v_cache, vector_of<float>(args.cos), vector_of<float>(args.sin),
@@ -137,8 +96,8 @@ Rotary<T> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
 }  // namespace
 
 void rotary(const lmi_rotary_args &args, cudaStream_t stream) {
+  check_arguments(args);
   const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
-  check_all(args, one);
   with_dtype(one.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Rotary<T> rotary = rotary_of<T>(args, one);

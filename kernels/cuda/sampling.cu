@@ -223,23 +223,10 @@ __global__ void __launch_bounds__(kRowThreads, 4) sample_kernel(Choice choice) {
   if (threadIdx.x == 0) choice.ids[row] = id;
 }
 
-void check_choice(const lmi_sample_args &args) {
-  check_logits(args.logits);
-  const Size rows = {"R", args.logits.size[0]};
-  check("temperature", args.temperature, LMI_F32, {rows});
-  check("top_k", args.top_k, LMI_I32, {rows});
-  check("top_p", args.top_p, LMI_F32, {rows});
-  check("typical_p", args.typical_p, LMI_F32, {rows});
-  check("min_p", args.min_p, LMI_F32, {rows});
-  check("seeds", args.seeds, LMI_U64, {rows});
-  check("positions", args.positions, LMI_I32, {rows});
-  check("ids", args.ids, LMI_I32, {rows});
-}
-
 }  // namespace
 
 void sample(const lmi_sample_args &args, cudaStream_t stream) {
-  check_choice(args);
+  check_arguments(args);
   const Choice choice{args.logits,
                       vector_of<float>(args.temperature),
                       vector_of<float>(args.top_p),
@@ -249,7 +236,7 @@ void sample(const lmi_sample_args &args, cudaStream_t stream) {
                       vector_of<int>(args.positions),
                       vector_of<unsigned long long>(args.seeds),
                       vector_of<int>(args.ids),
-                      static_cast<int>(args.logits.size[1])};
+                      vocabulary_of(args.logits)};
   launch("sample", sample_kernel, {static_cast<unsigned>(args.logits.size[0]), kRowThreads}, stream, choice);
 }
 
