@@ -180,5 +180,5 @@ def ways_on(server: ServerSettings) -> list[str]:
     return [
         f"curl -N {address}/invocations {key}-H 'Content-Type: application/json' -d '{_body('Raise an error')}'",
         f"curl -N {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{chat}'",
-        "OPTION_MODEL_ID=<folder or hub id of a Llama or Mistral> make run",
+        "OPTION_MODEL_ID=<folder or hub id of a model> make run",
     ]
