@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "sim/counters.h"
+#include "sim/mbarrier.h"
 #include "sim/shared.h"
 
 namespace lmi::sim {
@@ -135,6 +136,7 @@ void open_if_full(Barrier &barrier, unsigned num_threads) {
 void thread_main() {
   Block &b = block();
   (*b.body)();
+  if (current->products.are_pending()) fail("returns while its products are on their way");
   current->is_done = true;
   --b.num_live;
   note_event();
@@ -157,6 +159,8 @@ void start_threads() {
     thread.watched = nullptr;
     thread.num_accesses = 0;
     thread.copies.clear();
+    thread.products.clear();
+    clear_written(thread);
     thread.fiber.start(thread_main);
     b.order[i] = order == Order::kReverse ? b.num_threads - 1 - i : i;
   }
@@ -169,6 +173,7 @@ void run_block(size_t shared_bytes) {
   for (Group &group : b.groups) group = Group();
   for (Barrier &barrier : b.barriers) barrier = Barrier();
   clear_bulk();
+  clear_mbarriers();
   clear_counting();
   clear_shared(shared_bytes);
   start_threads();
@@ -184,6 +189,7 @@ void run_block(size_t shared_bytes) {
   current = nullptr;
   if (!b.report.empty()) throw Error(LMI_DEVICE_ERROR, std::exchange(b.report, {}));
   finish_counting();
+  if (num_bulk() > 0) throw Error(LMI_DEVICE_ERROR, where() + ": a bulk copy is on its way when the block ends");
   if (const std::string damage = shared_damage(); !damage.empty()) throw Error(LMI_DEVICE_ERROR, where() + ": " + damage);
 }
 
@@ -366,6 +372,17 @@ void leave_group() {
   Group &group = current_group();
   group.num_arrived = 0;
   ++group.generation;
+}
+
+void set_registers(unsigned num_registers) {
+  constexpr unsigned kRegisters = 64 << 10;
+  if (num_registers % 8 || num_registers < 24 || num_registers > 256) fail("setmaxnreg of %u: a multiple of 8, 24 to 256", num_registers);
+  with_group(num_registers, "setmaxnreg", [](unsigned **asked) {
+    current_group().num_registers = *asked[0];
+    unsigned sum = 0;
+    for (const Group &group : block().groups) sum += group.num_registers * kGroupSize;
+    if (sum > kRegisters) fail("setmaxnreg: %u registers in all; there are %u", sum, kRegisters);
+  });
 }
 
 }  // namespace lmi::sim

@@ -12,6 +12,7 @@
 
 #include "sim/copies.h"
 #include "sim/fiber.h"
+#include "sim/products.h"
 #include "sim/vectors.h"
 
 namespace lmi::sim {
@@ -27,6 +28,8 @@ struct Thread {
   const uint64_t *watched = nullptr;     /* asleep until *watched != seen; null: awake */
   uint64_t seen = 0;
   CopyGroups copies;
+  ProductGroups products;
+  std::vector<uint32_t> unfenced;        /* shared memory that it wrote, shared.h */
   uint64_t num_accesses = 0;             /* of global memory, counters.h */
 };
 
@@ -44,7 +47,7 @@ struct Warp {
 };
 
 struct Group {
-  unsigned num_arrived = 0;
+  unsigned num_arrived = 0, num_registers = 0; /* registers: of a thread, where the group has set them */
   uint64_t generation = 0;
   void *arguments[kGroupSize];
   const char *names[kGroupSize];
@@ -96,6 +99,9 @@ bool join_warp(unsigned mask, void *argument, const char *operation);
 void leave_warp(unsigned mask);
 bool join_group(void *argument, const char *operation);
 void leave_group();
+
+/* setmaxnreg, for all 128 threads of a group: a block has 64 K registers in all. */
+void set_registers(unsigned num_registers);
 
 /* All lanes of mask hand in an argument, which lies on their own stack; the last to arrive runs together(arguments by lane). */
 template <class Argument, class Together>

@@ -1,5 +1,6 @@
 /* Asynchronous copies: cp.async, which a thread waits for by the number of groups still on their way, and bulk copies (TMA), which
- * tell an mbarrier. A copy lands when it is waited for, in the random order also as soon as it is issued or anywhere between. */
+ * tell an mbarrier. A copy lands when it is waited for, in the random order also as soon as it is issued or anywhere between; one
+ * that nobody has waited for when the block ends is reported. */
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -30,8 +31,10 @@ class CopyGroups {
 
 /* The block's bulk copies. */
 void clear_bulk();
-void add_bulk(std::function<void()> land);
-/* One of them lands (the oldest; in the random order any); false if there is none. */
-bool land_bulk();
+size_t num_bulk();
+/* num_bytes, which `land` brings and this mbarrier is told of. */
+void add_bulk(uint32_t barrier, int64_t num_bytes, std::function<void()> land);
+/* One of them lands: the oldest that tells this mbarrier; in the random order any. False if there is none. */
+bool land_bulk(uint32_t barrier);
 
 }  // namespace lmi::sim

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "sim/block.h"
@@ -13,6 +14,7 @@ namespace lmi::sim {
 namespace {
 
 constexpr size_t kArenaBytes = 512 << 10, kBorder = 128, kFirstAddress = 1024; /* address 0 belongs to nobody */
+constexpr size_t kChunk = 16;
 constexpr int kPoison = 0xff;
 
 struct Piece {
@@ -21,6 +23,7 @@ struct Piece {
 };
 
 std::vector<Piece> pieces;
+uint16_t writers[kArenaBytes / kChunk]; /* who wrote a chunk since the last fence: 1 + the thread's number; 0: nobody */
 size_t used_before = kArenaBytes;
 
 char *arena() {
@@ -89,6 +92,35 @@ char *shared_pointer(uint32_t address, size_t num_bytes, size_t alignment, const
     if (first >= piece.first && first + num_bytes <= end_of(piece)) return arena() + first;
   }
   fail("%s: shared address %u is out of bounds for %zu bytes", operation, address, num_bytes);
+}
+
+/* ---- what the copy engine and wgmma may see ---- */
+
+void mark_written(uint32_t address, size_t num_bytes) {
+  const uint16_t me = static_cast<uint16_t>(current->linear + 1);
+  const size_t first = address - kFirstAddress;
+  for (size_t chunk = first / kChunk; chunk <= (first + num_bytes - 1) / kChunk; ++chunk) {
+    if (std::exchange(writers[chunk], me) != me) current->unfenced.push_back(static_cast<uint32_t>(chunk));
+  }
+}
+
+void fence_written() {
+  for (const uint32_t chunk : current->unfenced) {
+    if (writers[chunk] == current->linear + 1) writers[chunk] = 0;
+  }
+  current->unfenced.clear();
+}
+
+void clear_written(Thread &thread) {
+  for (const uint32_t chunk : thread.unfenced) writers[chunk] = 0;
+  thread.unfenced.clear();
+}
+
+void check_fenced(uint32_t address, size_t num_bytes, const char *operation) {
+  const size_t first = address - kFirstAddress;
+  for (size_t chunk = first / kChunk; chunk <= (first + num_bytes - 1) / kChunk; ++chunk) {
+    if (writers[chunk]) fail("%s: what thread %u wrote at shared address %zu is not fenced (fence_async)", operation, writers[chunk] - 1u, chunk * kChunk + kFirstAddress);
+  }
 }
 
 }  // namespace lmi::sim

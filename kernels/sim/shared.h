@@ -9,6 +9,8 @@
 
 namespace lmi::sim {
 
+struct Thread;
+
 constexpr size_t kMaxShared = 227 << 10; /* of a block on sm_90 */
 
 void clear_shared(size_t dynamic_bytes);
@@ -21,5 +23,14 @@ std::string shared_damage();
 uint32_t shared_address(const void *pointer);
 /* Memory of num_bytes at an address, which must lie in one piece and be a multiple of `alignment`. */
 char *shared_pointer(uint32_t address, size_t num_bytes, size_t alignment, const char *operation);
+
+
+/* ---- what the copy engine and wgmma may see ---- */
+
+/* Threads' own writes, as far as they go through wrappers (ptx*.cuh), are not seen by them until the thread fences. */
+void mark_written(uint32_t address, size_t num_bytes);
+void fence_written();
+void clear_written(Thread &thread);
+void check_fenced(uint32_t address, size_t num_bytes, const char *operation);
 
 }  // namespace lmi::sim
