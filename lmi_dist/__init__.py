@@ -1,12 +1,12 @@
 """lmi-dist as a library: `Engine(EngineConfig(model=...))`, then add, step, abort, reset. These names are the public ones.
 
-The engine, and torch with it, is loaded when its names are first used: a process that only configures stays light.
+What stands behind a name is loaded when it is first used: a process that only configures loads no torch, and one that only uses the
+kernels (`lmi_dist.ops`) needs nothing but torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -19,23 +19,33 @@ from lmi_dist.errors import (
     StepError,
 )
 from lmi_dist.parallel import Ranks
-from lmi_dist.request import ImagePart, Output, Prompt, Request, SamplingParams, Token, TokenLogprob
 
 if TYPE_CHECKING:
+    from lmi_dist.config import BLOCK_SIZE, EngineConfig
     from lmi_dist.engine import Engine, EngineStats
     from lmi_dist.follower import Follower
     from lmi_dist.link import Link
     from lmi_dist.local_link import FollowerLink
     from lmi_dist.meeting import connect
+    from lmi_dist.request import ImagePart, Output, Prompt, Request, SamplingParams, Token, TokenLogprob
     from lmi_dist.setup import Explanation, explain
 
-HEAVY = {
+FILES = {
+    "BLOCK_SIZE": "config",
     "Engine": "engine",
+    "EngineConfig": "config",
     "EngineStats": "engine",
     "Explanation": "setup",
     "Follower": "follower",
     "FollowerLink": "local_link",
+    "ImagePart": "request",
     "Link": "link",
+    "Output": "request",
+    "Prompt": "request",
+    "Request": "request",
+    "SamplingParams": "request",
+    "Token": "request",
+    "TokenLogprob": "request",
     "connect": "meeting",
     "explain": "setup",
 }
@@ -72,6 +82,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HEAVY:
+    if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lmi_dist.{HEAVY[name]}"), name)
+    return getattr(import_module(f"lmi_dist.{FILES[name]}"), name)

@@ -211,6 +211,17 @@ def test_only_commands_print():
     assert printers == PRINT
 
 
+def test_kernels_need_nothing_but_torch():
+    """So that they run, and are tested, where nothing else of ours is installed."""
+    ours = "[name for name in ('pydantic', 'transformers', 'safetensors', 'tokenizers') if name in sys.modules]"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; from lmi_dist import ops; print({ours})"], capture_output=True, text=True
+    )
+
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_every_module_says_what_it_is():
     silent = [path for path in SOURCES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
 

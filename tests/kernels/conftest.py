@@ -2,17 +2,22 @@
 
 A test that takes `library` runs with that library chosen as the column: the CPU's at the best level of this machine with 1 and 2
 threads, and at each other level with 2, since how rows are shared does not depend on the level; and the CUDA column on its
-stand-in, whose levels are orders of threads. A test marked `cpu_column` or `device_column` is about what only one of them
-promises. The sanitizer test runs these same tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
+stand-in, whose levels are orders of threads; where there is a GPU and the CUDA column is built, that too, on copies of the tests'
+tensors. A test marked `cpu_column` or `device_column` is about what only one of them promises. The sanitizer test runs these same
+tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from mirrored import Mirrored
 
 from lmi_dist import ops
 from lmi_dist.errors import KernelError
+from lmi_dist.ops import column as columns
 from lmi_dist.ops.abi import Library, find_library
 
 ORDERS = ("forward", "reverse", "random")
@@ -24,33 +29,40 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--column", default="", help="the only column to test: cpu or sim; default: both")
+    parser.addoption("--column", default="", help="the only column to test: cpu, sim or cuda; default: all")
+    parser.addoption("--mirrored", action="store_true", help="run the stand-in on copies of the tensors, as a GPU is")
     parser.addoption("--library", default="", help="kernel library to test instead of the installed one")
-    parser.addoption("--levels", default="", help="instruction levels to test, by commas; default: all that run here")
+    parser.addoption("--levels", default="", help="levels or orders of threads to test, by commas; default: all that run here")
     parser.addoption("--threads", default="", help="numbers of threads to test, by commas; default: 1,2")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
         marks = {mark.name for mark in metafunc.definition.iter_markers()}
-        columns = {"cpu"} if "cpu_column" in marks else {"sim"} if "device_column" in marks else {"cpu", "sim"}
-        backends = [each for each in backends_of(metafunc.config) if each[0] in columns]
+        backends = [
+            each for each in backends_of(metafunc.config) if ("device_column" if each[0] == "cpu" else "cpu_column") not in marks
+        ]
         names = ["-".join(map(str, each)) for each in backends]
         metafunc.parametrize("library", backends, ids=names, indirect=True)
 
 
 def backends_of(config: pytest.Config) -> list[tuple[str, str, int]]:
     """Column, level and number of threads."""
-    wanted = [option(config, "column")] if option(config, "column") else ["cpu", "sim"]
-    levels = {"cpu": option(config, "levels").split(",") if option(config, "levels") else None, "sim": ORDERS}
+    wanted = [option(config, "column")] if option(config, "column") else default_columns(config)
+    given = option(config, "levels").split(",") if option(config, "levels") else None
     threads = [int(each) for each in (option(config, "threads") or "1,2").split(",")]
     backends = []
     for column in wanted:
-        own = levels[column] or runnable(config)
+        own = given or {"cpu": runnable, "sim": lambda _: ORDERS, "cuda": lambda _: ["best"]}[column](config)
         for level in own:
-            numbers = [1] if column == "sim" else threads if level == own[-1] else threads[-1:]
+            numbers = [1] if column != "cpu" else threads if level == own[-1] else threads[-1:]
             backends += [(column, level, number) for number in numbers]
     return backends
+
+
+def default_columns(config: pytest.Config) -> list[str]:
+    has_cuda = torch.cuda.is_available() and find_library(list(ops.__path__), "liblmi_cuda.so") is not None
+    return ["cpu", "sim", *(["cuda"] if has_cuda else [])]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,10 +72,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def library(request: pytest.FixtureRequest) -> Iterator[Library]:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     """The library under test as the chosen column, at one level and number of threads."""
     column, level, threads = request.param
-    with ops.using(column, threads, path=library_path(request.config, column), level=level) as opened:
+    path = library_path(request.config, column)
+    if column == "cuda" or option(request.config, "mirrored"):
+        monkeypatch.setitem(columns._libraries, path, mirrored(path, columns.DEVICES[column]))
+    with ops.using(column, threads, path=path, level=level) as opened:
         assert opened is not None
         yield opened
 
@@ -75,6 +90,11 @@ def column(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@cache
+def mirrored(path: Path, device: str) -> Mirrored:
+    return Mirrored(path, device)
+
+
 def library_path(config: pytest.Config, column: str = "cpu") -> Path:
     wanted, name = option(config, "library"), f"liblmi_{column}.so"
     path = Path(wanted) if wanted else find_library(list(ops.__path__), name)
@@ -84,7 +104,7 @@ def library_path(config: pytest.Config, column: str = "cpu") -> Path:
 
 def option(config: pytest.Config, name: str) -> str:
     """What was given, or "": pytest knows the options only when tests/kernels is named on its command line."""
-    return str(config.getoption(name, ""))
+    return str(config.getoption(name, "") or "")
 
 
 def runnable(config: pytest.Config) -> list[str]:

@@ -200,7 +200,7 @@ def test_batch_without_rows_is_empty(column: str) -> None:
 
 # ---- the same bits ----
 
-LONG = {"cpu": 1300, "sim": 600}  # more than two splits, one on the stand-in, which is slow
+LONG = {"cpu": 1300, "cuda": 1300, "sim": 600}  # more than two splits, one on the stand-in, which is slow
 # fp32, since rounding to halves would hide most differences, and bf16, which some columns and levels multiply in another way
 by_width = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
