@@ -1,6 +1,7 @@
 #include "common/arguments.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace lmi {
 namespace {
@@ -21,6 +22,27 @@ void check_norm(const Args &args) {
   check_optional("weight", args.weight, args.x.dtype, {hidden});
 }
 
+/* ---- caches ---- */
+
+void check_cache(const std::string &name, const lmi_tensor &cache, int32_t dtype, const Size &heads, const Size &size, float scale) {
+  check_dims(name.c_str(), cache, 4);
+  const bool is_packed = cache.dtype == LMI_F8E4M3;
+  check(name.c_str(), cache, is_packed ? LMI_F8E4M3 : dtype, {{"N", cache.size[0]}, heads, {"P", cache.size[2]}, size});
+  if (is_packed && !(scale > 0.0f && std::isfinite(scale))) {
+    refuse(name.substr(0, 1) + "_scale=" + std::to_string(scale) + " must be finite and above 0 where " + name + " is F8E4M3");
+  }
+}
+
+/* Both, [N,K,P,D]: of dtype, or both F8E4M3. */
+template <class Args>
+void check_caches(const Args &args, int32_t dtype, const Size &heads, const Size &size) {
+  check_cache("k_cache", args.k_cache, dtype, heads, size, args.k_scale);
+  check_cache("v_cache", args.v_cache, dtype, heads, size, args.v_scale);
+  check_dtype("v_cache", args.v_cache, args.k_cache.dtype);
+  require(args.k_cache.size[0] == args.v_cache.size[0] && args.k_cache.size[2] == args.v_cache.size[2],
+          "k_cache and v_cache must have the same shape [N, K, P, D]");
+}
+
 /* ---- rotary ---- */
 
 void check_rotation(const lmi_rotary_args &args, int64_t num_tokens, int64_t head_size) {
@@ -31,19 +53,11 @@ void check_rotation(const lmi_rotary_args &args, int64_t num_tokens, int64_t hea
   check("rows", args.rows, LMI_I32, {{"T", num_tokens}});
 }
 
-void check_cache(const char *name, const lmi_tensor &cache, const lmi_tensor &x) {
-  check_dims(name, cache, 4);
-  check(name, cache, x.dtype, {{"N", cache.size[0]}, {"K", x.size[1]}, {"P", cache.size[2]}, {"D", x.size[2]}});
-}
-
 void check_write(const lmi_rotary_args &args) {
   check_dims("k", args.k, 3);
   check_float("k", args.k);
   check("v", args.v, args.k.dtype, {{"T", args.k.size[0]}, {"K", args.k.size[1]}, {"D", args.k.size[2]}});
-  check_cache("k_cache", args.k_cache, args.k);
-  check_cache("v_cache", args.v_cache, args.k);
-  require(args.k_cache.size[0] == args.v_cache.size[0] && args.k_cache.size[2] == args.v_cache.size[2],
-          "k_cache and v_cache must have the same shape [N, K, P, D]");
+  check_caches(args, args.k.dtype, {"K", args.k.size[1]}, {"D", args.k.size[2]});
   check("slots", args.slots, LMI_I32, {{"T", args.k.size[0]}});
 }
 
@@ -142,8 +156,7 @@ void check_arguments(const lmi_attention_args &args) {
   const int64_t *q = args.q.size, *cache = args.k_cache.size, sequences = args.starts.size[0] - 1;
   check_float("q", args.q);
   check("out", args.out, args.q.dtype, {{"T", q[0]}, {"H", q[1]}, {"D", q[2]}});
-  check("k_cache", args.k_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
-  check("v_cache", args.v_cache, args.q.dtype, {{"N", cache[0]}, {"K", cache[1]}, {"P", cache[2]}, {"D", q[2]}});
+  check_caches(args, args.q.dtype, {"K", cache[1]}, {"D", q[2]});
   check("key_lengths", args.key_lengths, LMI_I32, {{"B", sequences}});
   check("tables", args.tables, LMI_I32, {{"B", sequences}, {"max_blocks", args.tables.size[1]}});
   check_dtype("starts", args.starts, LMI_I32);

@@ -4,8 +4,8 @@ namespace lmi {
 namespace {
 
 const char *dtype_name(int32_t dtype) {
-  static const char *const names[] = {"F32", "BF16", "F16", "I32", "I64", "U8", "U64"};
-  return dtype >= LMI_F32 && dtype <= LMI_U64 ? names[dtype] : "an unknown dtype";
+  static const char *const names[] = {"F32", "BF16", "F16", "I32", "I64", "U8", "U64", "F8E4M3"};
+  return dtype >= LMI_F32 && dtype <= LMI_F8E4M3 ? names[dtype] : "an unknown dtype";
 }
 
 std::string shape_text(const lmi_tensor &tensor) {
@@ -109,7 +109,8 @@ void check_starts(const char *name, const lmi_tensor &starts, int64_t last) {
 
 int64_t bytes_of(int32_t dtype) {
   switch (dtype) {
-    case LMI_U8: return 1;
+    case LMI_U8:
+    case LMI_F8E4M3: return 1;
     case LMI_BF16:
     case LMI_F16: return 2;
     case LMI_F32:

@@ -1,5 +1,5 @@
-/* bf16 and fp16 to float and back, in integer operations that are the same on every platform and that compilers vectorize.
- * Back is rounded to nearest, ties to even; what is too large becomes infinite, NaN stays NaN (quiet). */
+/* bf16, fp16 and fp8 (E4M3) to float and back, in integer operations that are the same on every platform and that compilers vectorize.
+ * Back is rounded to nearest, ties to even; what is too large becomes infinite, in fp8 its greatest number; NaN stays NaN (quiet). */
 #pragma once
 #include <cstring>
 
@@ -47,13 +47,35 @@ inline uint16_t f16_of_float(float value) {
   return static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : finite)); /* 65520 rounds to infinity */
 }
 
+inline float float_of_e4m3(uint8_t value) {
+  const uint32_t size = value & 0x7fu, sign = static_cast<uint32_t>(value & 0x80u) << 24;
+  const uint32_t normal = (size << 20) + (120u << 23);
+  /* the mantissa behind 2^-6, which goes away again: no subnormal float, with which some CPUs are slow */
+  const uint32_t small = bits_of_float(float_of_bits(121u << 23 | size << 20) - 0x1p-6f);
+  const uint32_t finite = size < 8 ? small : normal;
+  return float_of_bits(sign | (size == 0x7f ? 0x7fc00000u : finite));
+}
+
+inline uint8_t e4m3_of_float(float value) {
+  const uint32_t bits = bits_of_float(value), sign = (bits >> 24) & 0x80u, size = bits & 0x7fffffffu;
+  const uint32_t normal = (size - (120u << 23) + 0x7ffffu + ((size >> 20) & 1u)) >> 20;
+  /* one unit of 2^14 is the smallest number, so the addition rounds as wanted */
+  const uint32_t small = bits_of_float(float_of_bits(size) + 0x1p14f) - bits_of_float(0x1p14f);
+  const uint32_t finite = size < (121u << 23) ? small : normal;
+  const uint32_t large = size > 0x7f800000u ? 0x7fu : 0x7eu;
+  return static_cast<uint8_t>(sign | (finite > 0x7eu ? large : finite));
+}
+
 /* n numbers of a float dtype to float and back. */
 inline void read_floats(const void *from, int32_t dtype, int64_t n, float *to) {
   const uint16_t *halves = static_cast<const uint16_t *>(from);
+  const uint8_t *bytes = static_cast<const uint8_t *>(from);
   if (dtype == LMI_F32) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
   } else if (dtype == LMI_BF16) {
     for (int64_t i = 0; i < n; ++i) to[i] = float_of_bf16(halves[i]);
+  } else if (dtype == LMI_F8E4M3) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_of_e4m3(bytes[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = float_of_f16(halves[i]);
   }
@@ -61,10 +83,13 @@ inline void read_floats(const void *from, int32_t dtype, int64_t n, float *to) {
 
 inline void write_floats(const float *from, int32_t dtype, int64_t n, void *to) {
   uint16_t *halves = static_cast<uint16_t *>(to);
+  uint8_t *bytes = static_cast<uint8_t *>(to);
   if (dtype == LMI_F32) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
   } else if (dtype == LMI_BF16) {
     for (int64_t i = 0; i < n; ++i) halves[i] = bf16_of_float(from[i]);
+  } else if (dtype == LMI_F8E4M3) {
+    for (int64_t i = 0; i < n; ++i) bytes[i] = e4m3_of_float(from[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) halves[i] = f16_of_float(from[i]);
   }

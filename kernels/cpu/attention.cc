@@ -32,7 +32,7 @@ void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scrat
   states.clear(unit.rows, problem.padded);
   const Range needed = seen_by_unit(problem, unit), keys = common(needed, {split * kSplit, (split + 1) * kSplit});
   const auto rows_of = [&](const lmi_tensor &cache, int64_t tile) { return TileRows(problem, cache, unit, tile, needed); };
-  const int64_t first = keys.first / kTile * kTile, row_bytes = problem.size * bytes_of(problem.args.q.dtype);
+  const int64_t first = keys.first / kTile * kTile, row_bytes = problem.size * bytes_of(problem.args.k_cache.dtype);
   TileRows key_rows = rows_of(problem.args.k_cache, first), value_rows = rows_of(problem.args.v_cache, first);
   for (int64_t tile = first; tile < keys.last; tile += kTile) {
     const TileRows next_keys = rows_of(problem.args.k_cache, tile + kTile), next_values = rows_of(problem.args.v_cache, tile + kTile);
@@ -55,7 +55,7 @@ void write_rows(const Problem &problem, const Unit &unit, const States &states) 
   for (int64_t row = 0; row < unit.rows; ++row) {
     float *values = states.values + row * problem.padded;
     const float sum = states.sum[row] == 0.0f ? 1.0f : states.sum[row]; /* a row without keys gives 0 */
-    for (int64_t d = 0; d < problem.size; ++d) values[d] /= sum;
+    for (int64_t d = 0; d < problem.size; ++d) values[d] = values[d] / sum * problem.v_scale;
     const int64_t token = problem.start(unit.sequence) + query_of(problem, unit, row);
     write_floats(values, out.dtype, problem.size, at(out, token, head_of(problem, unit, row)));
   }

@@ -1,5 +1,6 @@
 /* Of attention.cc: bf16 by AVX-512's dot products of two. A Word holds two numbers that are added one after the other: of d in queries
- * and keys, of two keys in weights and values. Weights are rounded to bf16 before they are used and summed. */
+ * and keys, of two keys in weights and values. Weights are rounded to bf16 before they are used and summed; what a cache holds in
+ * fp8 is bf16 too, exactly. */
 #pragma once
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -37,11 +38,30 @@ inline void transpose_words(__m512i (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-/* The first `num` 16-bit numbers of 32; the others, which may not be there, 0. */
-inline __m512i load_halves(const char *from, int64_t num) {
-  const __mmask32 mask = num >= 32 ? ~0u : (1u << num) - 1;
-  return from ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
-}
+/* A cache's row: of it 32 numbers from d on as bf16; those from `size` on, which may not be there, are 0. A row that is null is all 0. */
+struct HalfRow {
+  const char *data;
+  __m512i at(int64_t d, int64_t size) const {
+    return data ? _mm512_maskz_loadu_epi16(some(size - d), data + 2 * d) : _mm512_setzero_si512();
+  }
+  static __mmask32 some(int64_t num) { return num >= 32 ? ~0u : (1u << num) - 1; }
+};
+
+/* The same of fp8: the exponent's base goes from 7 to 127, and what has none, 0 to 7 times 2^-9, is looked up. */
+struct ByteRow {
+  const char *data;
+  __m512i at(int64_t d, int64_t size) const {
+    if (!data) return _mm512_setzero_si512();
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(HalfRow::some(size - d), data + d));
+    const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi16(0x7f)), sign = _mm512_slli_epi16(_mm512_srli_epi16(bytes, 7), 15);
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+    const __m512i finite = _mm512_mask_permutexvar_epi16(normal, is_small, magnitude, small);
+    return _mm512_or_si512(sign, _mm512_mask_mov_epi16(finite, is_nan, _mm512_set1_epi16(0x7fc0)));
+  }
+};
 
 struct PairNumbers {
   using Word = uint32_t;
@@ -51,31 +71,13 @@ struct PairNumbers {
   static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) { std::memcpy(to, q, static_cast<size_t>(2 * size)); }
 
   static void read_keys(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    for (int64_t d = 0; d < problem.size; d += 32) {
-      for (int64_t j = 0; j < kTile; j += 16) {
-        __m512i words[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = load_halves(rows.of[j + i] ? rows.of[j + i] + 2 * d : nullptr, problem.size - d);
-        transpose_words(words);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scratch.keys + (d / 2 + i) * kTile + j, words[i]);
-      }
-    }
+    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<ByteRow>(problem, rows, scratch);
+    else read_keys_of<HalfRow>(problem, rows, scratch);
   }
 
   static void read_values(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    alignas(64) uint16_t order[64]; /* of a pair of rows: number 0 of both, number 1 of both, and so on */
-    for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    const __m512i left = _mm512_load_si512(order), right = _mm512_load_si512(order + 32);
-    for (int64_t j = 0; j < kTile; j += 2) {
-      uint32_t *to = scratch.values + j / 2 * problem.padded;
-      for (int64_t d = 0; d < problem.size; d += 32) {
-        const __m512i first = load_halves(rows.of[j] ? rows.of[j] + 2 * d : nullptr, problem.size - d);
-        const __m512i second = load_halves(rows.of[j + 1] ? rows.of[j + 1] + 2 * d : nullptr, problem.size - d);
-        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, left, second));
-        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(first, right, second));
-      }
-    }
+    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<ByteRow>(problem, rows, scratch);
+    else read_values_of<HalfRow>(problem, rows, scratch);
   }
 
   static float max_of(const float *scores, float max) {
@@ -131,6 +133,36 @@ struct PairNumbers {
   }
 
  private:
+  template <class Row>
+  static void read_keys_of(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
+    for (int64_t d = 0; d < problem.size; d += 32) {
+      for (int64_t j = 0; j < kTile; j += 16) {
+        __m512i words[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) words[i] = Row{rows.of[j + i]}.at(d, problem.size);
+        transpose_words(words);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scratch.keys + (d / 2 + i) * kTile + j, words[i]);
+      }
+    }
+  }
+
+  template <class Row>
+  static void read_values_of(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
+    alignas(64) uint16_t order[64]; /* of a pair of rows: number 0 of both, number 1 of both, and so on */
+    for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    const __m512i left = _mm512_load_si512(order), right = _mm512_load_si512(order + 32);
+    for (int64_t j = 0; j < kTile; j += 2) {
+      uint32_t *to = scratch.values + j / 2 * problem.padded;
+      for (int64_t d = 0; d < problem.size; d += 32) {
+        const __m512i first = Row{rows.of[j]}.at(d, problem.size);
+        const __m512i second = Row{rows.of[j + 1]}.at(d, problem.size);
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, left, second));
+        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(first, right, second));
+      }
+    }
+  }
+
   /* e^(scores - max) within 3e-6, for what is at most 0: 2^n 2^r, |r| <= 1/2, Taylor to r^5; 0 far below. */
   static __m512 exp_from(const float *scores, float max) {
     const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_sub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(max)));

@@ -23,6 +23,7 @@ Range common(Range a, Range b) { return {std::max(a.first, b.first), std::min(a.
 struct Problem {
   const lmi_attention_args &args;
   int64_t num_sequences, num_kv_heads, group, size, padded, block_size;
+  float scale, v_scale; /* of products, and of what the values come to */
   std::vector<float> bias; /* [H, 2 * max_distance + 1]: the relative bias by key minus query position */
 
   int64_t start(int64_t sequence) const { return integers(args.starts)[sequence]; }
@@ -107,8 +108,9 @@ Problem problem_of(const lmi_attention_args &args) {
   check_arguments(args);
   check_starts("starts", args.starts, args.q.size[0]);
   const int64_t size = args.q.size[2], kv_heads = args.k_cache.size[1];
+  const bool is_scaled = args.k_cache.dtype == LMI_F8E4M3;
   Problem problem{args, args.starts.size[0] - 1, kv_heads, args.q.size[1] / kv_heads, size, (size + kPad - 1) / kPad * kPad,
-                  args.k_cache.size[2], {}};
+                  args.k_cache.size[2], is_scaled ? args.scale * args.k_scale : args.scale, is_scaled ? args.v_scale : 1.0f, {}};
   for (int64_t b = 0; b < problem.num_sequences; ++b) check_table(problem, b);
   if (is_given(args.relative_bias)) problem.bias = bias_by_distance(args);
   return problem;

@@ -9,7 +9,7 @@ namespace {
 /* From products to scores: scale, soft cap, biases. distance: the tile's first key minus the row's position. */
 void finish_scores(const Problem &problem, int64_t head, int64_t distance, float *scores) {
   const lmi_attention_args &args = problem.args;
-  for (int j = 0; j < kTile; ++j) scores[j] *= args.scale;
+  for (int j = 0; j < kTile; ++j) scores[j] *= problem.scale;
   if (args.soft_cap > 0.0f) {
     for (int j = 0; j < kTile; ++j) scores[j] = args.soft_cap * tanh_of(scores[j] / args.soft_cap);
   }

@@ -28,10 +28,21 @@ void rotate_heads(const lmi_rotary_args &args, const lmi_tensor &x, int64_t toke
   }
 }
 
-void write_slot(const lmi_tensor &cache, const lmi_tensor &x, int64_t token, int64_t slot) {
+/* x / scale in the cache's dtype. */
+void write_scaled(const lmi_tensor &cache, void *to, const lmi_tensor &x, const void *from, float scale, float *head) {
+  read_floats(from, x.dtype, x.size[2], head);
+  for (int64_t d = 0; d < x.size[2]; ++d) head[d] /= scale;
+  write_floats(head, cache.dtype, x.size[2], to);
+}
+
+void write_slot(const lmi_tensor &cache, const lmi_tensor &x, float scale, int64_t token, int64_t slot, float *head) {
   const int64_t block = slot / cache.size[2], place = slot % cache.size[2];
   const size_t num_bytes = static_cast<size_t>(x.size[2] * bytes_of(x.dtype));
-  for (int64_t h = 0; h < x.size[1]; ++h) std::memcpy(at(cache, block, h, place), at(x, token, h), num_bytes);
+  for (int64_t h = 0; h < x.size[1]; ++h) {
+    void *const to = at(cache, block, h, place);
+    if (cache.dtype == x.dtype) std::memcpy(to, at(x, token, h), num_bytes);
+    else write_scaled(cache, to, x, at(x, token, h), scale, head);
+  }
 }
 
 /* What the integers hold. */
@@ -54,8 +65,8 @@ void rotary(const lmi_rotary_args &args) {
       if (is_given(args.cos) && is_given(args.k)) rotate_heads(args, args.k, t, head);
       const int64_t slot = is_given(args.k) ? integers(args.slots)[t] : -1;
       if (slot < 0) continue;
-      write_slot(args.k_cache, args.k, t, slot);
-      write_slot(args.v_cache, args.v, t, slot);
+      write_slot(args.k_cache, args.k, args.k_scale, t, slot, head);
+      write_slot(args.v_cache, args.v, args.v_scale, t, slot, head);
     }
   });
 }

@@ -113,6 +113,7 @@ void run(const Attention<T> &attention, const Bounds &bounds, cudaStream_t strea
 
 void attention(const lmi_attention_args &args, cudaStream_t stream) {
   check_arguments(args);
+  if (args.k_cache.dtype == LMI_F8E4M3) throw Error(LMI_UNSUPPORTED, "caches in F8E4M3 are the CPU column's as yet");
   if (is_given(args.relative_bias)) check_range("buckets of relative_bias", args.relative_bias.size[0], 2, 2 * kMaxFarBuckets);
   const int64_t num_sequences = args.starts.size[0] - 1, num_tokens = args.q.size[0];
   if (num_tokens == 0) return;

@@ -97,6 +97,9 @@ Rotary<T> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
 
 void rotary(const lmi_rotary_args &args, cudaStream_t stream) {
   check_arguments(args);
+  if (is_given(args.k_cache) && args.k_cache.dtype == LMI_F8E4M3) {
+    throw Error(LMI_UNSUPPORTED, "caches in F8E4M3 are the CPU column's as yet");
+  }
   const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
   with_dtype(one.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -24,12 +24,18 @@ extern "C" {
 #endif
 
 #define LMI_API __attribute__((visibility("default")))
-#define LMI_ABI_VERSION 1
+#define LMI_ABI_VERSION 2
 
 enum lmi_status_code { LMI_OK = 0, LMI_BAD_ARGUMENT = 1, LMI_UNSUPPORTED = 2, LMI_DEVICE_ERROR = 3, LMI_RANK_ERROR = 4 };
-enum lmi_dtype { LMI_F32 = 0, LMI_BF16 = 1, LMI_F16 = 2, LMI_I32 = 3, LMI_I64 = 4, LMI_U8 = 5, LMI_U64 = 6 };
+enum lmi_dtype { LMI_F32 = 0, LMI_BF16 = 1, LMI_F16 = 2, LMI_I32 = 3, LMI_I64 = 4, LMI_U8 = 5, LMI_U64 = 6, LMI_F8E4M3 = 7 };
 enum lmi_activation_kind { LMI_IDENTITY = 0, LMI_SILU = 1, LMI_GELU = 2, LMI_GELU_TANH = 3, LMI_RELU = 4, LMI_QUICK_GELU = 5 };
 enum lmi_weight_format { LMI_DENSE = 0, LMI_INT8 = 1, LMI_INT4 = 2 };
+
+/* F8E4M3 is for caches alone. A byte s eeee mmm is (-1)^s 2^(e-7) (1 + m/8), or (-1)^s 2^-6 m/8 where e is 0; 0x7f and 0xff are NaN and
+ * nothing is infinite (E4M3 of OCP's 8-bit floating point). A float becomes the nearest of them, of two that are as near the one with
+ * even m; what is beyond 448, infinities too, becomes 448 with its sign; NaN stays NaN. A cache holds x / scale of what is written
+ * (divided in float, then rounded) and stands for scale times what it holds; keys and values have a scale each, finite and
+ * above 0. Caches of other dtypes have no use for the scales. */
 
 typedef int32_t lmi_status;
 typedef void *lmi_stream; /* CUDA stream; NULL on a CPU, where a call has run when it returns */
@@ -80,12 +86,13 @@ LMI_API lmi_status lmi_layer_norm(const lmi_layer_norm_args *args, lmi_stream st
  *   interleaved 0:  (a, b) = (h[i], h[i+half])      interleaved 1:  (a, b) = (h[2i], h[2i+1])
  *   (a, b) := (a*cos[r,i] - b*sin[r,i], b*cos[r,i] + a*sin[r,i])
  * in place in q: [T,H,D]; the rotated k: [T,K,D] and v: [T,K,D] go to slot s = slots[t] of the caches [N,K,P,D]:
- *   cache[s / P, :, s % P, :]; s < 0 writes nothing. k itself is rotated in place too.
+ *   cache[s / P, :, s % P, :]; s < 0 writes nothing. k itself is rotated in place too. The caches are of k's dtype, or both F8E4M3.
  * cos, sin: F32 [R,half], rows: I32 [T], or all three absent (no rotation). k, v, both caches and slots: I32 [T], or all absent (only q). q
  * absent: no q. An entry of rows outside of [0, R) or of slots from N*P on is refused. */
 typedef struct {
   lmi_tensor q, k, v, cos, sin, rows, k_cache, v_cache, slots;
   int32_t interleaved;
+  float k_scale, v_scale;
 } lmi_rotary_args;
 LMI_API lmi_status lmi_rotary(const lmi_rotary_args *args, lmi_stream stream);
 
@@ -98,7 +105,8 @@ LMI_API lmi_status lmi_rotary(const lmi_rotary_args *args, lmi_stream stream);
  *   s[j] += bias[bucket(j - p), h]       if relative_bias is given:  F32 [buckets,H], T5's bucket with max_distance;
  *                                        causal 0 uses half of the buckets for each direction
  *   key j counts if (causal == 0 or j <= p) and (window == 0 or p - window < j); out[i,h,:] = sum_j softmax(s)[j] v[j,g,:]
- * out, q: [T,H,D]; D a multiple of 8 up to 256; caches [N,K,P,D], of q's dtype; starts: I32 [B+1]; key_lengths: I32 [B];
+ * out, q: [T,H,D]; D a multiple of 8 up to 256; caches [N,K,P,D], of q's dtype, or both F8E4M3: then k is k_scale and v is v_scale times
+ * what they hold, taken into scale and into the result; starts: I32 [B+1]; key_lengths: I32 [B];
  * tables: I32 [B,max_blocks], entries before the window may be negative. Keys are taken in tiles of 64 and splits of 512 that
  * are merged in ascending order. Where the processor multiplies BF16, softmax's weights are rounded to BF16 first. Cross attention:
  * causal 0, a table and lengths of the encoder's own. A row without keys gives 0.
@@ -107,6 +115,7 @@ typedef struct {
   lmi_tensor out, q, k_cache, v_cache, starts, key_lengths, tables, alibi, relative_bias;
   float scale, soft_cap;
   int32_t causal, window, max_distance;
+  float k_scale, v_scale;
 } lmi_attention_args;
 LMI_API lmi_status lmi_attention(const lmi_attention_args *args, lmi_stream stream);
 

@@ -19,7 +19,7 @@ struct F16 {
 };
 struct E4m3 {
   static constexpr int kBits = 8;
-  static float number(uint32_t bits) { return float_of_e4m3(static_cast<uint8_t>(bits)); }
+  static float number(uint32_t bits) { return lmi::LMI_LEVEL::float_of_e4m3(static_cast<uint8_t>(bits)); }
 };
 struct S8 {
   static constexpr int kBits = 8;

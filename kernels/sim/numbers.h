@@ -18,13 +18,7 @@ inline __half __float2half(float value) { return {lmi::LMI_LEVEL::f16_of_float(v
 
 namespace lmi::sim {
 
-/* OCP 8-bit floating point: E4M3 has no infinity and one NaN a sign, E5M2 is a short fp16. */
-inline float float_of_e4m3(uint8_t value) {
-  const int exponent = value >> 3 & 15, mantissa = value & 7;
-  if (exponent == 15 && mantissa == 7) return __builtin_nanf("");
-  const float size = exponent ? (8 + mantissa) * __builtin_powif(2.0f, exponent - 10) : mantissa * 0x1p-9f;
-  return value & 0x80 ? -size : size;
-}
+/* OCP's other 8-bit floating point, a short fp16. */
 inline float float_of_e5m2(uint8_t value) { return lmi::LMI_LEVEL::float_of_f16(static_cast<uint16_t>(value << 8)); }
 
 }  // namespace lmi::sim

@@ -17,7 +17,7 @@ import torch
 from lmi_dist.errors import KernelError, RankError
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
-          torch.uint8: "U8", torch.uint64: "U64"}  # fmt: skip
+          torch.uint8: "U8", torch.uint64: "U64", torch.float8_e4m3fn: "F8E4M3"}  # fmt: skip
 MAX_DIMS = 4
 # lmi_tensor with so many dimensions: data, size[4], stride[4], dims, dtype
 _TENSORS = {n: struct.Struct(f"P{n}q{8 * (MAX_DIMS - n)}x{n}q{8 * (MAX_DIMS - n)}x2i") for n in range(1, MAX_DIMS + 1)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmi_dist.ops import column
-from lmi_dist.ops.shapes import FLOATS, Shapes
+from lmi_dist.ops.shapes import FLOATS, FP8, Shapes
 
 QUERIES_AT_ONCE = 256  # rows of the torch version's score matrix, to bound its memory
 
@@ -28,11 +28,14 @@ def attention(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     max_distance: int = 128,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """softmax(scores) v for query rows starts[b] .. starts[b+1]-1 of each sequence b, the last of its key_lengths[b] positions.
 
-    q: [T,H,D], strided or not; caches [N,K,P,D] of its dtype, key j of sequence b in block tables[b, j // P]; H // K heads share
-    keys; starts: int32 [B+1]; key_lengths: int32 [B]; tables: int32 [B,max_blocks], entries before the window may be negative.
+    q: [T,H,D], strided or not; caches [N,K,P,D] of its dtype, or fp8 (E4M3), which stand for k_scale and v_scale times what they
+    hold; key j of sequence b in block tables[b, j // P]; H // K heads share keys; starts: int32 [B+1]; key_lengths: int32 [B];
+    tables: int32 [B,max_blocks], entries before the window may be negative.
     window: keys that a row sees, its own included (0: all). soft_cap: Gemma 2's, 0: none. alibi: fp32 [H] slopes (Press et al.
     2022). relative_bias: fp32 [buckets,H] with T5's buckets (Raffel et al. 2020), half of them for each direction unless causal.
     Returns [T,H,D]; a row without keys gives 0. A row's bits do not depend on its batch or chunk (CPU library only).
@@ -41,13 +44,13 @@ def attention(
     if library is None:
         return attention_torch(
             q, k_cache, v_cache, starts, key_lengths, tables, scale=scale, causal=causal, window=window, soft_cap=soft_cap,
-            alibi=alibi, relative_bias=relative_bias, max_distance=max_distance,
+            alibi=alibi, relative_bias=relative_bias, max_distance=max_distance, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     library.call(
         "attention", out=out, q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, key_lengths=key_lengths, tables=tables,
         alibi=alibi, relative_bias=relative_bias, scale=scale, soft_cap=soft_cap, causal=causal, window=window,
-        max_distance=max_distance,
+        max_distance=max_distance, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     return out
 
@@ -115,9 +118,11 @@ def attention_torch(
     alibi: Tensor | None = None,
     relative_bias: Tensor | None = None,
     max_distance: int = 128,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     options = Scores(scale, causal, window, soft_cap, alibi, relative_bias, max_distance)
-    _check(q, k_cache, v_cache, starts, key_lengths, tables, options)
+    _check(q, k_cache, v_cache, starts, key_lengths, tables, options, (k_scale, v_scale))
     out = torch.zeros(q.shape, dtype=q.dtype)
     for sequence, (begin, end) in enumerate(pairwise(starts.tolist())):
         num_keys = int(key_lengths[sequence])
@@ -126,15 +131,17 @@ def attention_torch(
             positions = torch.arange(rows.start, rows.stop) + (num_keys - end)
             keys = torch.arange(max(0, int(positions[0]) - window + 1) if window else 0, num_keys)
             if len(keys):
-                k, v = (_gather(cache, tables[sequence], keys) for cache in (k_cache, v_cache))
+                k = _gather(k_cache, tables[sequence], keys, k_scale)
+                v = _gather(v_cache, tables[sequence], keys, v_scale)
                 out[rows] = _attend(q[rows], k, v, keys[None, :] - positions[:, None], options)
     return out
 
 
-def _gather(cache: Tensor, table: Tensor, keys: Tensor) -> Tensor:
-    """[K,1,keys,D] float."""
+def _gather(cache: Tensor, table: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """[K,1,keys,D] float, what the cache stands for."""
     block_size = cache.shape[2]
-    return cache[table[keys // block_size].long(), :, keys % block_size].float().transpose(0, 1)[:, None]
+    held = cache[table[keys // block_size].long(), :, keys % block_size].float().transpose(0, 1)[:, None]
+    return held * scale if cache.dtype == FP8 else held
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, distance: Tensor, options: Scores) -> Tensor:
@@ -154,11 +161,11 @@ def _check(
     key_lengths: Tensor,
     tables: Tensor,
     options: Scores,
+    scales: tuple[float, float],
 ) -> None:
     shapes = Shapes("attention")
     shapes.check("q", q, "T H D", *FLOATS)
-    shapes.check("k_cache", k_cache, "N K P D", q.dtype)
-    shapes.check("v_cache", v_cache, "N K P D", q.dtype)
+    shapes.check_caches(k_cache, v_cache, q.dtype, scales)
     shapes.check("key_lengths", key_lengths, "B", torch.int32)
     shapes.check("tables", tables, "B max_blocks", torch.int32)
     shapes.check("starts", starts, "B+1", torch.int32)

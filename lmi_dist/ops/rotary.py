@@ -1,5 +1,6 @@
 """Rotary embedding of queries and keys, fused with the write of keys and values into the cache."""
 
+import torch
 from torch import Tensor, int32
 
 from lmi_dist.ops import column
@@ -18,19 +19,25 @@ def rotary(
     slots: Tensor | None,
     *,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Rotate the heads of q and k in place by row rows[t] of cos and sin, and write k and v to slots[t] of the caches.
 
     q: [T,H,D], k, v: [T,K,D], views of a fused qkv or not; cos, sin: fp32 [R,half], which rotate the first 2*half of a head,
     pairs (i, i+half), or (2i, 2i+1) if interleaved; caches [N,K,P,D]; rows, slots: int32 [T], a negative slot writes nothing
-    (Su et al. 2021). q None: only the write. k, v None: only q. cos, sin None: no rotation.
-    Raises KernelError on shapes, and on rows and slots out of range."""
+    (Su et al. 2021). q None: only the write. k, v None: only q. cos, sin None: no rotation. Caches are of k's dtype or fp8 (E4M3),
+    which hold k / k_scale and v / v_scale, the nearest number to it, at most 448.
+    Raises KernelError on shapes, on rows and slots out of range, and on a scale that is not above 0."""
     library = column.library()
     if library is None:
-        return rotary_torch(q, k, v, cos, sin, rows, k_cache, v_cache, slots, interleaved=interleaved)
+        return rotary_torch(
+            q, k, v, cos, sin, rows, k_cache, v_cache, slots, interleaved=interleaved, k_scale=k_scale, v_scale=v_scale
+        )
     return library.call(
-        "rotary", q=q, k=k, v=v, cos=cos, sin=sin, rows=rows, k_cache=k_cache, v_cache=v_cache, slots=slots, interleaved=interleaved
-    )
+        "rotary", q=q, k=k, v=v, cos=cos, sin=sin, rows=rows, k_cache=k_cache, v_cache=v_cache, slots=slots,
+        interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
 
 
 def rotary_torch(
@@ -45,17 +52,27 @@ def rotary_torch(
     slots: Tensor | None,
     *,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
-    _check(q, k, v, cos, sin, rows, k_cache, v_cache, slots)
+    _check(q, k, v, cos, sin, rows, k_cache, v_cache, slots, (k_scale, v_scale))
     if cos is not None and sin is not None and rows is not None:
         for x in (q, k):
             if x is not None:
                 _rotate(x, cos[rows.long()][:, None], sin[rows.long()][:, None], interleaved)
-    for x, cache in ((k, k_cache), (v, v_cache)):
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if x is not None and cache is not None and slots is not None:
             taken = slots >= 0
             slot = slots[taken].long()
-            cache[slot // cache.shape[2], :, slot % cache.shape[2]] = x[taken]
+            cache[slot // cache.shape[2], :, slot % cache.shape[2]] = _packed(x[taken], cache.dtype, scale)
+
+
+def _packed(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """What a cache of dtype holds of x."""
+    if dtype == x.dtype:
+        return x
+    most = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-most, most).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -78,6 +95,7 @@ def _check(
     k_cache: Tensor | None,
     v_cache: Tensor | None,
     slots: Tensor | None,
+    scales: tuple[float, float],
 ) -> None:
     shapes = Shapes("rotary")
     dtype = next((x.dtype for x in (q, k) if x is not None), FLOATS[0])
@@ -87,8 +105,7 @@ def _check(
     shapes.check("cos", cos, "R half", FLOATS[0])
     shapes.check("sin", sin, "R half", FLOATS[0])
     shapes.check("rows", rows, "T", int32)
-    shapes.check("k_cache", k_cache, "N K P D", dtype)
-    shapes.check("v_cache", v_cache, "N K P D", dtype)
+    shapes.check_caches(k_cache, v_cache, dtype, scales)
     shapes.check("slots", slots, "T", int32)
     given = [x is not None for x in (k, v, k_cache, v_cache, slots)]
     shapes.require(all(given) or not any(given), "k, v, k_cache, v_cache and slots must be given together")

@@ -43,18 +43,19 @@ class Batch:
         heads: tuple[int, int] = (4, 2),
         size: int = 32,
         dtype: torch.dtype = torch.float32,
+        cache: torch.dtype | None = None,
     ) -> "Batch":
         counts = [-(-length // BLOCK_SIZE) for length in lengths]
         blocks = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(1)).int()
         tables = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
         for row, own in zip(tables, blocks.split([*counts, 1]), strict=False):
             row[: len(own)] = own
-        caches = [rand(len(blocks), heads[1], BLOCK_SIZE, size, dtype=dtype, seed=seed) for seed in (2, 3)]
-        for cache in caches:
-            cache[blocks[-1]] = NAN
+        caches = [rand(len(blocks), heads[1], BLOCK_SIZE, size, dtype=cache or dtype, seed=seed) for seed in (2, 3)]
+        for part in caches:
+            part[blocks[-1]] = NAN
             for row, length in zip(tables, lengths, strict=True):
                 if length % BLOCK_SIZE:
-                    cache[row[length // BLOCK_SIZE], :, length % BLOCK_SIZE :] = NAN
+                    part[row[length // BLOCK_SIZE], :, length % BLOCK_SIZE :] = NAN
         return cls(rand(sum(queries), heads[0], size, dtype=dtype, seed=4), *caches, tables, queries, lengths)
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -320,6 +321,71 @@ def test_blocks_before_the_window_may_be_gone(library: Library) -> None:
     assert_close(expected, batch.twin(window=50))
 
 
+# ---- fp8 caches ----
+
+FP8 = torch.float8_e4m3fn
+SCALES = {"k_scale": 0.37, "v_scale": 2.9}
+
+
+def test_twin_reads_fp8_by_its_scales() -> None:
+    batch = Batch.of((33, 1, 70, 17), (33, 1, 4, 0), cache=FP8)
+    k, v = batch.k_cache.double() * SCALES["k_scale"], batch.v_cache.double() * SCALES["v_scale"]
+
+    assert_close(batch.twin(**SCALES), replace(batch, k_cache=k, v_cache=v).dense().float())
+
+
+@pytest.mark.cpu_column
+@pytest.mark.parametrize("options", [OPTIONS["all"], OPTIONS["whole relative"]], ids=["all", "whole relative"])
+@pytest.mark.parametrize("size", [8, 32, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_is_read_as_the_numbers_it_stands_for(library: Library, dtype: torch.dtype, size: int, options: dict[str, Any]) -> None:
+    """Each is a number of every dtype, so that a cache which holds them in the dtype itself gives the same bits."""
+    batch = Batch.of((130, 1, 600, 64, 17), (130, 1, 3, 1, 0), size=size, dtype=dtype, cache=FP8)
+    codes = torch.arange(batch.k_cache.numel(), dtype=torch.int32).view(batch.k_cache.shape) * 37 % 254  # 127 stands for 254
+    every = torch.where(codes == 127, 254, codes).to(torch.uint8).view(FP8)
+    own = ~batch.k_cache.float().isnan()  # the rest remains NaN
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[own] = every[own]
+    plain = replace(batch, k_cache=batch.k_cache.to(dtype), v_cache=batch.v_cache.to(dtype))
+
+    out = batch.run(scale=1e-3, k_scale=1.0, v_scale=1.0, **options)
+
+    assert same_bits(out, plain.run(scale=1e-3, **options))
+    assert out.isfinite().all()
+
+
+@pytest.mark.cpu_column
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_fp8_matches_twin(library: Library, dtype: torch.dtype) -> None:
+    batch = Batch.of((130, 1, 600, 64, 17), (130, 1, 3, 1, 0), dtype=dtype, cache=FP8)
+    rounds_weights = library.path.name != "liblmi_cpu.so"
+
+    # the values' scale is the error's, too
+    factor = SCALES["v_scale"] * max(FACTORS[dtype], 4 if rounds_weights else 1)
+    assert_close(batch.run(**SCALES, **OPTIONS["all"]), batch.twin(**SCALES, **OPTIONS["all"]), factor=factor)
+
+
+@pytest.mark.cpu_column
+def test_fp8_bits_do_not_depend_on_the_batch(library: Library) -> None:
+    """A prompt whole, in chunks, and as decodes among others."""
+    options = {**SCALES, **OPTIONS["all"]}
+    batch = Batch.of((600,), (600,), size=16, dtype=torch.bfloat16, cache=FP8)
+    rows = (0, 63, 64, 130, 511, 512, 599)
+    crowd = replace(
+        batch,
+        q=batch.q[list(rows)],
+        tables=batch.tables.expand(len(rows), -1),
+        queries=(1,) * len(rows),
+        lengths=tuple(row + 1 for row in rows),
+    )
+
+    expected = batch.run(**options)
+    chunks = [part(batch, first, first + 100).run(**options) for first in range(0, 600, 100)]
+
+    assert same_bits(torch.cat(chunks), expected)
+    assert same_bits(crowd.run(**options), expected[list(rows)])
+
+
 # ---- what is refused ----
 
 
@@ -340,6 +406,12 @@ def test_attention_names_the_wrong_shape(column: str) -> None:
         batch.run(alibi=torch.ones(3))
     with pytest.raises(KernelError, match=r"attention: window must be at least 0"):
         batch.run(window=-1)
+    with pytest.raises(KernelError, match=r"attention: v_cache is .*(F32|float32); it must be .*(F8E4M3|float8_e4m3fn)"):
+        replace(batch, k_cache=batch.k_cache.to(FP8)).run()
+    with pytest.raises(
+        KernelError, match=r"attention: k_scale=0\.0.* must be finite and above 0 where k_cache is .*(F8E4M3|float8)"
+    ):
+        Batch.of((20,), (1,), cache=FP8).run(k_scale=0.0)
 
 
 def test_attention_names_the_sequence_with_a_bad_table(column: str) -> None:

@@ -1,5 +1,6 @@
 """Rotary embedding and cache write: twin against complex numbers, kernel against twin."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,16 +14,19 @@ from lmi_dist.ops.abi import Library
 from lmi_dist.ops.rotary import rotary_torch
 
 BLOCK = 16
+FP8 = torch.float8_e4m3fn
 
 
-def case(num_tokens: int, heads: int, kv_heads: int, size: int, half: int, dtype: torch.dtype) -> dict[str, Any]:
+def case(
+    num_tokens: int, heads: int, kv_heads: int, size: int, half: int, dtype: torch.dtype, cache: torch.dtype | None = None
+) -> dict[str, Any]:
     """Arguments of `rotary` with q, k and v as views of one fused qkv, slots in no order, the second of them negative."""
     qkv = rand(num_tokens, (heads + 2 * kv_heads) * size, dtype=dtype).view(num_tokens, heads + 2 * kv_heads, size)
     angles = rand(50, half, seed=1)
     num_blocks = num_tokens // BLOCK + 2
     slots = torch.randperm(num_blocks * BLOCK, generator=torch.Generator().manual_seed(2))[:num_tokens].int()
     slots[1:2] = -1
-    caches = {name: rand(num_blocks, kv_heads, BLOCK, size, dtype=dtype, seed=3) for name in ("k_cache", "v_cache")}
+    caches = {name: rand(num_blocks, kv_heads, BLOCK, size, dtype=cache or dtype, seed=3) for name in ("k_cache", "v_cache")}
     rows = (torch.arange(num_tokens) * 7 % 50).int()
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     return {"q": q, "k": k, "v": v, "cos": angles.cos(), "sin": angles.sin(), "rows": rows, "slots": slots, **caches}
@@ -77,6 +81,80 @@ def test_rotary_matches_twin(library: Library, dtype: torch.dtype, sizes: tuple[
         assert_close(arguments[name], twins[name])
 
 
+@pytest.mark.cpu_column
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(5, 4, 2, 24, 8), (113, 8, 1, 64, 32)])
+def test_fp8_cache_is_written_as_the_twin_does(library: Library, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """Bit for bit, but where the rotation itself differs in its last bit and stands at a border: k is not turned here."""
+    arguments = case(*sizes, dtype, FP8) | {"q": None, "cos": None, "sin": None, "rows": None, "k_scale": 0.3, "v_scale": 7.0}
+    twins = copied(arguments)
+
+    ops.rotary(**arguments)
+    rotary_torch(**twins)
+
+    assert all(same_bits(arguments[name], twins[name]) for name in ("k", "v", "k_cache", "v_cache"))
+
+
+@pytest.mark.cpu_column
+def test_turned_keys_go_to_fp8(library: Library) -> None:
+    turned, plain = case(33, 6, 6, 80, 20, torch.bfloat16, FP8), case(33, 6, 6, 80, 20, torch.bfloat16)
+
+    ops.rotary(**turned)
+    ops.rotary(**plain)
+
+    taken = turned["slots"][turned["slots"] >= 0].long()
+    for name in ("k_cache", "v_cache"):
+        held, wanted = (each[name].transpose(1, 2).flatten(0, 1)[taken] for each in (turned, plain))
+        assert same_bits(held, wanted.to(FP8))
+
+
+def numbers_and_borders() -> Tensor:
+    """fp32: all that fp8 can hold, what lies half-way between two neighbours, both one bit on, and what it cannot hold."""
+    held = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    marks = torch.cat([held, (held[1:] + held[:-1]) / 2, torch.tensor([464.0, 480.0, 1e9, 1e-9])])
+    near = torch.cat([marks, marks.nextafter(torch.tensor(1e30)), marks.nextafter(torch.tensor(-1.0))]).abs()
+    return torch.cat([near, -near, torch.tensor([float("inf"), -float("inf"), float("nan")])])
+
+
+def nearest(x: float) -> int:
+    """The header's rule, looked up among all that a byte can be."""
+    if x != x:
+        return 0x7F
+    held = torch.arange(127, dtype=torch.uint8).view(FP8).double()
+    distance = (held - min(abs(x), 448.0)).abs()
+    ties = (distance == distance.min()).nonzero()[:, 0].tolist()
+    sign = 0x80 if torch.tensor(x).signbit() else 0
+    return sign | min(ties, key=lambda code: code % 2)
+
+
+def test_twin_takes_the_nearest_number_of_fp8() -> None:
+    x = numbers_and_borders()
+    cache = write(rotary_torch, x)
+
+    assert cache.tolist() == [nearest(each) for each in x.tolist()]
+
+
+@pytest.mark.cpu_column
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_takes_the_nearest_number_of_fp8(library: Library, dtype: torch.dtype) -> None:
+    """Every 16-bit number there is; in fp32 those on either side of a border."""
+    x = numbers_and_borders() if dtype == torch.float32 else torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    held, twin = write(ops.rotary, x).view(FP8).float(), write(rotary_torch, x).view(FP8).float()
+
+    assert torch.equal(held.nan_to_num(500.0), twin.nan_to_num(500.0))
+    assert torch.equal(held.signbit() | held.isnan(), twin.signbit() | held.isnan())
+
+
+def write(rotary: Callable[..., None], x: Tensor) -> Tensor:
+    """uint8: what an fp8 cache holds of the numbers in x."""
+    num_tokens = -(-len(x) // 256)
+    k = torch.nn.functional.pad(x, (0, num_tokens * 256 - len(x))).view(num_tokens, 1, 256)
+    caches = [torch.zeros(num_tokens, 1, 1, 256, dtype=FP8) for _ in range(2)]
+    rotary(None, k, k, None, None, None, *caches, torch.arange(num_tokens, dtype=torch.int32))
+    assert same_bits(*caches)
+    return caches[0].view(torch.uint8).flatten()[: len(x)]
+
+
 @pytest.mark.parametrize("absent", [("q",), ("k", "v", "k_cache", "v_cache", "slots"), ("cos", "sin", "rows")])
 def test_rotary_does_without_what_is_absent(library: Library, absent: tuple[str, ...]) -> None:
     arguments = case(20, 4, 2, 16, 8, torch.float32) | dict.fromkeys(absent)
@@ -109,6 +187,8 @@ def test_rotary_bits_do_not_depend_on_other_tokens(library: Library) -> None:
         ("rows", torch.full((5,), 50, dtype=torch.int32), r"an entry of rows"),
         ("rows", torch.full((5,), -1, dtype=torch.int32), r"an entry of rows"),
         ("sin", rand(50, 3), r"sin has shape \[50, 3\]; it must be"),
+        ("v_cache", rand(2, 2, 16, 8, dtype=torch.float16), r"v_cache is .*(F16|float16); it must be .*(F32|float32)"),
+        ("v_cache", rand(2, 2, 16, 8, dtype=FP8), r"v_cache is .*(F8E4M3|float8_e4m3fn); it must be .*(F32|float32)"),
         ("slots", None, r"slots"),
         ("k", None, r"k"),
         ("rows", None, r"rows"),
