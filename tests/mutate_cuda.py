@@ -28,7 +28,13 @@ LEAST_SHARE, CPU_SECONDS = 0.9, 240  # of the tests of one fault: a loop without
 RULES = [
     ("drop a barrier", r"__sync(threads|warp)\(\);", ""),
     ("drop a wait", r"ptx::wait_copies<[^;]*>\(\);", ""),
-    ("drop a commit", r"ptx::commit_copies\(\);", ""),
+    ("drop a commit", r"ptx::commit_(copies|products)\(\);", ""),
+    ("drop a wait", r"(ptx::wait_(products<[^;]*>|mbarrier)|ring_\.await_(full|empty))\([^;]*\);", ""),
+    ("loosen a wait", r"ptx::wait_products<([^;]*)>\(\)", r"ptx::wait_products<\1 + 1>()"),
+    ("drop a barrier", r"\bsync_group\(\);", ""),
+    ("drop a fence", r"ptx::fence_(async|products|mbarriers)\(\);", ""),
+    ("drop an arrival", r"ring_\.release\([^;]*\);", ""),
+    ("expect fewer bytes", r"(arrive_expecting\(barrier, )", r"\g<1>-16 + "),
     ("loosen a wait", r"ptx::wait_copies<([^;]*)>\(\)", r"ptx::wait_copies<\1 + 1>()"),
     ("copy fewer bytes", r"(exists \? )16( : 0\))", r"\g<1>8\2"),
     ("copy fewer bytes", r"num \* static_cast<int>\(sizeof\(T\)\)", "num * static_cast<int>(sizeof(T)) / 2"),
@@ -164,7 +170,8 @@ def passes_without_fault(tests: tuple[str, ...]) -> bool:
 
 def main() -> int:
     start, wanted = time.monotonic(), sys.argv[1] if len(sys.argv) > 1 else ""
-    sources = [path for path in sorted((ROOT / "kernels" / "cuda").glob("*.cu*")) if wanted in path.name and path.name != "ptx.cuh"]
+    every_source = sorted((ROOT / "kernels" / "cuda").glob("*.cu*"))
+    sources = [path for path in every_source if wanted in path.name and not path.name.startswith("ptx")]
     every = [fault for source in sources for fault in faults(source)]
     survivors = []
     processes = multiprocessing.get_context("fork")

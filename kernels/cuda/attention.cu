@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/attention_bias.cuh"
+#include "cuda/attention_sm90.cuh"
 #include "cuda/attention_tiles.cuh"
 
 #include "cuda/attention_plain.cuh"
@@ -86,7 +87,14 @@ struct Bounds {
 };
 
 template <class T, int kPadded>
-void run_tiles(const Attention<T> &attention, const Bounds &bounds, cudaStream_t stream) {
+void run_prompts(const Attention<T> &attention, const Boxes &boxes, cudaStream_t stream) {
+  const Shape shape{static_cast<unsigned>(num_processors()), kPromptThreads, PromptShape<T, kPadded>::kSharedBytes};
+  launch("attention of prompts", prompt_kernel<T, kPadded>, shape, stream, attention, boxes);
+}
+
+/* prompts: how sequences with many rows are loaded on sm_90a; null: they go the way of sm_80. */
+template <class T, int kPadded>
+void run_tiles(const Attention<T> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
   const int64_t pieces = bounds.num_splits > 1 ? bounds.max_pieces(attention.num_sequences, attention.num_kv_heads) : 0;
   const Scratch scratch(static_cast<size_t>(pieces * PieceStates<kPadded>::kFloats) * sizeof(float), stream);
   const PieceStates<kPadded> states{scratch.as<float>()};
@@ -94,18 +102,22 @@ void run_tiles(const Attention<T> &attention, const Bounds &bounds, cudaStream_t
   const Shape shape{blocks, kAttentionThreads, TileShape<T, kPadded>::kSharedBytes};
   launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, true);
   if (bounds.num_splits > 1) launch("attention merge", merge_kernel<T, kPadded>, {2 * blocks, kAttentionThreads}, stream, attention, states);
-  if (bounds.num_rows > kFewRows) launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, false);
+  if (bounds.num_rows <= kFewRows) return;
+  if constexpr (kPadded <= 128) {
+    if (prompts) return run_prompts<T, kPadded>(attention, *prompts, stream);
+  }
+  launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, false);
 }
 
 template <class T>
-void run(const Attention<T> &attention, const Bounds &bounds, cudaStream_t stream) {
+void run(const Attention<T> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned blocks = static_cast<unsigned>(8 * num_processors());
     launch("attention", plain_attend_kernel, {blocks, kAttentionThreads}, stream, attention);
   } else {
-    if (attention.size <= 64) run_tiles<T, 64>(attention, bounds, stream);
-    else if (attention.size <= 128) run_tiles<T, 128>(attention, bounds, stream);
-    else run_tiles<T, 256>(attention, bounds, stream);
+    if (attention.size <= 64) run_tiles<T, 64>(attention, bounds, prompts, stream);
+    else if (attention.size <= 128) run_tiles<T, 128>(attention, bounds, prompts, stream);
+    else run_tiles<T, 256>(attention, bounds, prompts, stream);
   }
 }
 
@@ -122,6 +134,8 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
   if (has_bias) make_bias(args, bias.as<float>(), stream);
   const int64_t max_keys = args.tables.size[1] * args.k_cache.size[2];
   const Bounds bounds{num_tokens * (args.q.size[1] / args.k_cache.size[1]), std::max<int64_t>(1, (max_keys + kSplit - 1) / kSplit)};
+  const bool are_prompts = args.q.dtype != LMI_F32 && bounds.num_rows > kFewRows && are_prompts_for_sm90(args);
+  const Boxes boxes = are_prompts ? boxes_of(args) : Boxes();
   with_dtype(args.q.dtype, [&](auto zero) {
     using T = decltype(zero);
     Attention<T> part = attention_of<T>(args, has_bias ? bias.as<float>() : nullptr);
@@ -130,7 +144,7 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
       part.starts = vector_of<int>(args.starts) + first;
       part.key_lengths = vector_of<int>(args.key_lengths) + first;
       part.tables = vector_of<int>(args.tables) + first * args.tables.stride[0];
-      run(part, bounds, stream);
+      run(part, bounds, are_prompts ? &boxes : nullptr, stream);
     }
   });
 }

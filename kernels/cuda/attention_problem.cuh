@@ -47,10 +47,10 @@ struct Attention {
   __device__ int num_queries(int b) const { return starts[b + 1] - starts[b]; }
   __device__ int position(int b, int query) const { return key_lengths[b] - num_queries(b) + query; }
 
-  /* Keys that a query sees. */
-  __device__ Range seen(int b, int query) const {
-    const int p = position(b, query);
-    return {window ? max(0, p - window + 1) : 0, is_causal ? p + 1 : key_lengths[b]};
+  /* Keys that a query sees, of num_keys. */
+  __device__ Range seen(int b, int query) const { return seen_from(position(b, query), key_lengths[b]); }
+  __device__ __forceinline__ Range seen_from(int position, int num_keys) const {
+    return {window ? max(0, position - window + 1) : 0, is_causal ? position + 1 : num_keys};
   }
 
   /* From a product of q and k to a score in powers of two: scale, soft cap, biases. distance: key minus query position. */
@@ -61,6 +61,10 @@ struct Attention {
     if (bias) s += bias[int64_t{head} * (2 * max_distance + 1) + max_distance + max(-max_distance, min(distance, max_distance))];
     return s * kLog2e;
   }
+
+  /* The same where there is but the scale. */
+  __device__ __forceinline__ bool has_plain_scores() const { return !(soft_cap > 0.0f) && !alibi && !bias; }
+  __device__ __forceinline__ float plain_score(float product) const { return product * scale * kLog2e; }
 
   /* Where key j of sequence b lies in a cache. */
   __device__ const T *cached(const Heads<const T> &cache, int b, int head, int j) const {
@@ -104,10 +108,24 @@ __device__ Range splits_of(const Attention<T> &attention, int b) {
   return {first, max(first + 1, (last + kSplit - 1) / kSplit)};
 }
 
+/* Keys that a piece needs, and the tiles that have them. */
+struct UnitTiles {
+  Range needed;
+  int first, num;
+
+  template <class T>
+  __device__ UnitTiles(const Attention<T> &attention, const Piece &piece)
+      : needed(common(seen_by_unit(attention, piece.unit), {piece.splits.first * kSplit, piece.splits.last * kSplit})) {
+    first = needed.first / kTile;
+    num = needed.is_empty() ? 0 : (needed.last + kTile - 1) / kTile - first;
+  }
+};
+
 /* ---- the list of pieces ---- */
 
-/* How a launch's sequences are cut: those with few rows by splits, or the others by units. Prefix sums over the sequences lie in
- * shared memory; every thread of the block must build it. */
+/* How a launch's sequences are cut: those with few rows by splits, or the others by units of kRows rows. Prefix sums over the
+ * sequences lie in shared memory; every thread of the block must build it. */
+template <int kRows = kUnitRows, unsigned kThreads = kAttentionThreads>
 class Schedule {
  public:
   template <class T>
@@ -125,7 +143,7 @@ class Schedule {
     using Firsts = int[kMaxSequences + 1];
     LMI_SHARED(Firsts, firsts);
     firsts_ = firsts;
-    constexpr int kEach = kMaxSequences / static_cast<int>(kAttentionThreads);
+    constexpr int kEach = (kMaxSequences + static_cast<int>(kThreads) - 1) / static_cast<int>(kThreads);
     int counts[kEach], sum = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -136,10 +154,10 @@ class Schedule {
     int first = sum_before(sum);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      firsts[threadIdx.x * kEach + i] = first;
+      if (threadIdx.x * kEach + i < kMaxSequences) firsts[threadIdx.x * kEach + i] = first;
       first += counts[i];
     }
-    if (threadIdx.x == kAttentionThreads - 1) firsts[kMaxSequences] = first;
+    if (threadIdx.x == kThreads - 1) firsts[kMaxSequences] = first;
     __syncthreads();
     num_sequences_ = attention.num_sequences;
   }
@@ -153,8 +171,8 @@ class Schedule {
       if (b + step < num_sequences_ && firsts_[b + step] <= index) b += step;
     }
     const int units = num_units(attention, b), own = index - firsts_[b], rest = own / units;
-    const int first = own % units * kUnitRows;
-    const Unit unit{b, rest % attention.num_kv_heads, first, min(kUnitRows, num_rows(attention, b) - first)};
+    const int first = own % units * kRows;
+    const Unit unit{b, rest % attention.num_kv_heads, first, min(kRows, num_rows(attention, b) - first)};
     const Range all = splits_of(attention, b);
     if (!by_splits_) return {unit, all};
     const int split = all.first + rest / attention.num_kv_heads;
@@ -164,7 +182,7 @@ class Schedule {
   /* Index of the piece with this row of a sequence that is cut by splits; the next split's stands `splits_apart` further. */
   template <class T>
   __device__ int index_of(const Attention<T> &attention, int b, int head, int row) const {
-    return firsts_[b] + head * num_units(attention, b) + row / kUnitRows;
+    return firsts_[b] + head * num_units(attention, b) + row / kRows;
   }
   template <class T>
   __device__ int splits_apart(const Attention<T> &attention, int b) const {
@@ -174,7 +192,7 @@ class Schedule {
  private:
   template <class T>
   __device__ static int num_units(const Attention<T> &attention, int b) {
-    return (num_rows(attention, b) + kUnitRows - 1) / kUnitRows;
+    return (num_rows(attention, b) + kRows - 1) / kRows;
   }
 
   template <class T>
@@ -187,7 +205,7 @@ class Schedule {
 
   /* Sum of the values of lower threads. */
   __device__ static int sum_before(int value) {
-    using Sums = int[kAttentionThreads / 32];
+    using Sums = int[kThreads / 32];
     LMI_SHARED(Sums, sums);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int upto = value;

@@ -4,6 +4,7 @@
  * memory, several on their way at a time; bound by the reading of the cache. */
 #pragma once
 #include "cuda/attention_problem.cuh"
+#include "cuda/attention_state.cuh"
 #include "cuda/ptx.cuh"
 
 namespace lmi::cuda {
@@ -22,42 +23,6 @@ struct TileShape {
 
 constexpr int kScoreStride = 24; /* floats between rows of 16 scores: eight rows in different banks */
 
-/* Two numbers in a register, the first in the low half. */
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  const Pack<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-
-/* State of rows g and g + 8 of a lane (g = lane / 4): greatest score, sum of weights, and weighted values of the warp's columns. */
-template <int kProducts>
-struct RowState {
-  float max[2], sum[2], values[kProducts][4];
-
-  __device__ void clear() {
-    max[0] = max[1] = -INFINITY;
-    sum[0] = sum[1] = 0.0f;
-    for (int n = 0; n < kProducts; ++n) values[n][0] = values[n][1] = values[n][2] = values[n][3] = 0.0f;
-  }
-
-  /* Takes the state of the following keys in. */
-  __device__ void merge(const RowState &part) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Merge both(max[r], sum[r], part.max[r], part.sum[r]);
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n) {
-        values[n][2 * r] = both(values[n][2 * r], part.values[n][2 * r]);
-        values[n][2 * r + 1] = both(values[n][2 * r + 1], part.values[n][2 * r + 1]);
-      }
-      sum[r] = both(sum[r], part.sum[r]);
-      max[r] = both.max;
-    }
-  }
-};
-
 /* One unit at work; a thread's view. */
 template <class T, int kPadded>
 class UnitAtWork {
@@ -69,9 +34,10 @@ class UnitAtWork {
 
   __device__ UnitAtWork(const Attention<T> &attention, const Piece &piece, T *ring)
       : attention_(attention), piece_(piece), unit_(piece.unit), ring_(ring), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
-    needed_ = common(seen_by_unit(attention, unit_), {piece.splits.first * kSplit, piece.splits.last * kSplit});
-    first_tile_ = needed_.first / kTile;
-    num_tiles_ = needed_.is_empty() ? 0 : (needed_.last + kTile - 1) / kTile - first_tile_;
+    const UnitTiles tiles(attention, piece);
+    needed_ = tiles.needed;
+    first_tile_ = tiles.first;
+    num_tiles_ = tiles.num;
     for (int r = 0; r < 2; ++r) {
       const int row = lane_ / 4 + 8 * r;
       if (row >= unit_.rows) continue;
@@ -202,40 +168,13 @@ class UnitAtWork {
     }
   }
 
-  /* Scores become weights relative to the row's greatest so far, which the state follows. */
-  __device__ void weigh(float (&scores)[8][4], State &state) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float max = state.max[r], sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) max = fmaxf(max, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
-      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
-      const float base = max == -INFINITY ? 0.0f : max; /* no key seen yet: all weights are 0 */
-      const float keep = ptx::exp2_fast(state.max[r] - base);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        scores[n][2 * r] = ptx::exp2_fast(scores[n][2 * r] - base);
-        scores[n][2 * r + 1] = ptx::exp2_fast(scores[n][2 * r + 1] - base);
-        sum += scores[n][2 * r] + scores[n][2 * r + 1];
-      }
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      state.sum[r] = fmaf(keep, state.sum[r], sum);
-      state.max[r] = max;
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n) {
-        state.values[n][2 * r] *= keep;
-        state.values[n][2 * r + 1] *= keep;
-      }
-    }
-  }
-
   /* state.values += weights * values, 16 keys at a time in ascending order. */
   __device__ void add_values(const T *keys, const T *values, State &state) const {
     float scores[8][4];
     read_scores(keys, scores);
-    weigh(scores, state);
+    float keep[2];
+    state.weigh(scores, keep);
+    state.scale(keep);
     const int own = warp_ * Tiles::kColumns / 8; /* first chunk of the warp's columns */
     if (own * 8 >= attention_.size) return;      /* the whole warp: these columns only fill D up */
 #pragma unroll
@@ -317,7 +256,7 @@ __device__ void write_state(const Attention<T> &attention, const Unit &unit, con
 template <class T, int kPadded>
 __global__ void __launch_bounds__(kAttentionThreads) attend_kernel(Attention<T> attention, PieceStates<kPadded> states, bool by_splits) {
   T *const ring = dynamic_shared<T>();
-  const Schedule schedule(attention, by_splits);
+  const Schedule<> schedule(attention, by_splits);
   for (int index = blockIdx.x; index < schedule.num_pieces(); index += gridDim.x) {
     const Piece piece = schedule.piece(attention, index);
     const Range all = splits_of(attention, piece.unit.sequence);
@@ -341,13 +280,13 @@ __device__ int sequence_of(const Attention<T> &attention, int token) {
 /* A warp owns a row whose splits were pieces of their own, and merges them in ascending order. */
 template <class T, int kPadded>
 __global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Attention<T> attention, PieceStates<kPadded> states) {
-  const Schedule schedule(attention, true);
+  const Schedule<> schedule(attention, true);
   const int lane = threadIdx.x % 32, num_warps = gridDim.x * kAttentionThreads / 32;
   const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
   for (int i = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32; i < num_rows; i += num_warps) {
     const int token = first + i / attention.num_heads, head = i % attention.num_heads, b = sequence_of(attention, token);
     const Range splits = splits_of(attention, b);
-    if (!Schedule::is_cut_by_splits(attention, b) || splits.last - splits.first == 1) continue;
+    if (!Schedule<>::is_cut_by_splits(attention, b) || splits.last - splits.first == 1) continue;
     const int row = (token - attention.starts[b]) * attention.group + head % attention.group;
     int piece = schedule.index_of(attention, b, head / attention.group, row);
     float values[kPadded / 32] = {}, sum = 0.0f, max = 0.0f;

@@ -96,6 +96,13 @@ void launch(const char *name, void (*kernel)(Parameters...), const Shape &shape,
 /* Multiprocessors of the device in use; on the stand-in a few, so that blocks take several pieces of work. */
 int num_processors();
 
+/* Kernels for a GPU of its own kind beside those that run on all, as far as the caller allows: "sm_80" none, "sm_90a" those for
+ * compute capability 9.0. */
+enum class Architecture { kSm80, kSm90a };
+void allow_architecture(Architecture most);
+/* Whether kernels for sm_90a are in this library, run on the device in use, and are allowed. */
+bool has_sm90a();
+
 /* Device memory for the rest of a call, freed in the order of the stream. */
 class Scratch {
  public:

@@ -1,5 +1,6 @@
 /* What the library exports: the header's functions, with errors turned into a status and a message of this thread. The same source
- * is the column on a GPU and its stand-in on a CPU, where the "level" is the order of threads. */
+ * is the column on a GPU and its stand-in on a CPU. The "level" is which GPU's kernels may run, on the stand-in with the order of
+ * threads. */
 #include <string>
 
 #include "common/link.h"
@@ -12,15 +13,28 @@ namespace {
 
 using lmi::guard;
 
-#if defined(LMI_SIM)
-
-void choose_level(const char *level) {
-  const std::string name = level ? level : "";
-  if (lmi::sim::set_order(name == "best" ? "forward" : name)) return;
-  throw lmi::Error(LMI_UNSUPPORTED, "level " + name + " is not an order of threads: forward, reverse, random or random:SEED");
+/* False if there is no such architecture. */
+bool allow(const std::string &name) {
+  if (name != "sm_80" && name != "sm_90a") return false;
+  lmi::allow_architecture(name == "sm_80" ? lmi::Architecture::kSm80 : lmi::Architecture::kSm90a);
+  return true;
 }
 
-std::string describe() { return "sim " + lmi::sim::order_name() + " (forward reverse random)"; }
+#if defined(LMI_SIM)
+
+/* best, ORDER (with the kernels of sm_80), or ARCHITECTURE ORDER */
+void choose_level(const char *level) {
+  const std::string name = level && std::string(level) == "best" ? "sm_90a forward" : level ? level : "";
+  const size_t blank = name.find(' ');
+  const std::string order = blank == std::string::npos ? name : name.substr(blank + 1);
+  if (lmi::sim::set_order(order) && allow(blank == std::string::npos ? "sm_80" : name.substr(0, blank))) return;
+  throw lmi::Error(LMI_UNSUPPORTED, "level " + name + " is not an order of threads (forward, reverse, random or random:SEED) after sm_80 or sm_90a");
+}
+
+std::string describe() {
+  const char *const architecture = lmi::has_sm90a() ? "sm_90a" : "sm_80";
+  return std::string("sim ") + architecture + " " + lmi::sim::order_name() + " (forward reverse random)";
+}
 
 #else
 
@@ -42,14 +56,20 @@ cudaDeviceProp device_in_use() {
 
 void choose_level(const char *level) {
   const std::string name = level ? level : "";
-  if (name != "best") throw lmi::Error(LMI_UNSUPPORTED, "level " + name + " is not in this library: it has only best");
   device_in_use();
+  if (!allow(name == "best" ? "sm_90a" : name)) {
+    throw lmi::Error(LMI_UNSUPPORTED, "level " + name + " is not in this library: it has best, sm_80 and sm_90a");
+  }
+  if (name == "sm_90a" && !lmi::has_sm90a()) {
+    throw lmi::Error(LMI_UNSUPPORTED, "level sm_90a needs compute capability 9.0 and a library with kernels for it, not one of " LMI_ARCHITECTURES);
+  }
 }
 
 std::string describe() {
   try {
     const cudaDeviceProp device = device_in_use();
-    return "cuda " + std::string(device.name) + " sm_" + std::to_string(10 * device.major + device.minor) + " (" LMI_ARCHITECTURES ")";
+    const std::string name = "cuda " + std::string(device.name) + " sm_" + std::to_string(10 * device.major + device.minor);
+    return name + (lmi::has_sm90a() ? ", prompts by wgmma (" : " (") + LMI_ARCHITECTURES ")";
   } catch (const lmi::Error &) {
     return "cuda without a GPU (" LMI_ARCHITECTURES ")";
   }
@@ -120,6 +140,13 @@ LMI_RANK_OPERATIONS(LMI_EXPORT)
 extern "C" LMI_API void lmi_sim_count(int32_t is_counting) {
   lmi::sim::is_counting = is_counting != 0;
   lmi::sim::counters = {};
+}
+
+/* For tests: names of the kernels that were launched since the last time, with commas between. */
+extern "C" LMI_API const char *lmi_sim_launched(void) {
+  static std::string names;
+  names = std::exchange(lmi::sim::launched, {});
+  return names.c_str();
 }
 
 extern "C" LMI_API void lmi_sim_counted(uint64_t *bank_conflicts, uint64_t *sectors_touched, uint64_t *sectors_needed) {

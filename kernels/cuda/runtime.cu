@@ -7,9 +7,17 @@
 
 namespace lmi {
 
+namespace {
+Architecture allowed = Architecture::kSm90a;
+}
+
+void allow_architecture(Architecture most) { allowed = most; }
+
 #if defined(LMI_SIM)
 
 int num_processors() { return 3; }
+
+bool has_sm90a() { return allowed == Architecture::kSm90a; }
 
 Scratch::Scratch(size_t num_bytes, cudaStream_t stream) : data_(std::malloc(num_bytes + 1)), stream_(stream) {
   if (!data_) throw std::bad_alloc();
@@ -29,6 +37,15 @@ int num_processors() {
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   return count;
+}
+
+bool has_sm90a() {
+  if (allowed != Architecture::kSm90a || !std::strstr(LMI_ARCHITECTURES, "90a")) return false;
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0;
 }
 
 Scratch::Scratch(size_t num_bytes, cudaStream_t stream) : stream_(stream) {

@@ -27,8 +27,11 @@ auto encoder() {
   static const auto function = [] {
     void *found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
-    if (result != cudaDriverEntryPointSuccess) throw Error(LMI_DEVICE_ERROR, "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12.0 or later");
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+               "cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess) {
+      throw Error(LMI_DEVICE_ERROR, "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12.0 or later");
+    }
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
   return function;
@@ -54,8 +57,8 @@ TensorMap tensor_map(const lmi_tensor &tensor, std::initializer_list<int> box) {
 #else
   const CUtensorMapDataType type = tensor.dtype == LMI_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encoder()(&map, type, static_cast<uint32_t>(tensor.dims), tensor.data, as.sizes, as.strides + 1, as.box, as.steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, type, static_cast<uint32_t>(tensor.dims), tensor.data, as.sizes, as.strides + 1, as.box, as.steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw Error(LMI_DEVICE_ERROR, "cuTensorMapEncodeTiled: error " + std::to_string(result));
 #endif
   return map;

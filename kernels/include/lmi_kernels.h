@@ -58,8 +58,8 @@ LMI_API const char *lmi_describe(void);
 /* Number of threads that share an operation, from now on (1 to 256). Not while another thread is in a call. No effect on a device. */
 LMI_API lmi_status lmi_set_threads(int32_t num_threads);
 /* Caps the instruction set to "base", "avx2", "avx512", "avx512bf16", "amx" or, with "best", to what this machine has; LMI_UNSUPPORTED if
- * it lacks the level. Packed weights are the same at every level. On CUDA only "best": that there is a device
- * which runs this library. */
+ * it lacks the level. Packed weights are the same at every level. On CUDA "best", "sm_80" (the kernels that every GPU runs) or
+ * "sm_90a" (those for compute capability 9.0 too): that there is a device which runs this library. */
 LMI_API lmi_status lmi_set_level(const char *level);
 
 /* ---- norms ---- */

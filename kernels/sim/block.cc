@@ -16,6 +16,7 @@
 namespace lmi::sim {
 
 Thread *current = nullptr;
+std::string launched;
 dim3 block_index, block_size, grid_size;
 
 namespace {
@@ -211,6 +212,7 @@ void launch(const Launch &launch, const std::function<void()> &body) {
   std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   Block &b = block();
   b.kernel = launch.kernel;
+  if (is_counting) launched += (launched.empty() ? "" : ",") + std::string(launch.kernel);
   b.body = &body;
   b.num_threads = launch.block.x * launch.block.y * launch.block.z;
   b.order.resize(b.num_threads);

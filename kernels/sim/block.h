@@ -65,6 +65,7 @@ struct Launch {
 };
 
 extern Thread *current;
+extern std::string launched; /* kernels by name, with commas between, while somebody counts (counters.h) */
 extern dim3 block_index, block_size, grid_size;
 
 /* Runs body once for each thread of each block, blocks in ascending order. Throws lmi::Error (LMI_DEVICE_ERROR) with a report when

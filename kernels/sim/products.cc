@@ -36,7 +36,9 @@ void check_alike(const Product &first, const Product &other) {
 void read_left(Product *const *lanes, Operands &operands) {
   for (unsigned lane = 0; lane < kGroupSize; ++lane) {
     const Product &product = *lanes[lane];
-    if (std::memcmp(product.a_before, product.a_registers, sizeof product.a_before)) fail("wgmma: thread %u changes registers of A before the wait", lane);
+    if (std::memcmp(product.a_before, product.a_registers, sizeof product.a_before)) {
+      fail("wgmma: thread %u changes registers of A before the wait", lane);
+    }
     for (int r = 0; r < 4; ++r) {
       const unsigned row = lane / 32 * 16 + lane % 32 / 4 + r % 2 * 8, column = lane % 4 * 2 + r / 2 * 8;
       for (unsigned i = 0; i < 2; ++i) operands.a[row][column + i] = product.number(product.a_registers[r] >> 16 * i & 0xffff);
@@ -100,7 +102,9 @@ MatrixPlace::MatrixPlace(uint64_t descriptor)
     : address(static_cast<uint32_t>(descriptor & 0x3fff) * 16),
       leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) * 16),
       stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) * 16) {
-  if (descriptor >> 62 != 1 || descriptor >> 46 & 0xffff || descriptor >> 30 & 3) fail("wgmma: a descriptor %016llx that is not of a 128-byte swizzle on a border of 1024 bytes", static_cast<unsigned long long>(descriptor));
+  if (descriptor >> 62 != 1 || descriptor >> 46 & 0xffff || descriptor >> 30 & 3) {
+    fail("wgmma: a descriptor %016llx that is not of a 128-byte swizzle on a border of 1024 bytes", static_cast<unsigned long long>(descriptor));
+  }
 }
 
 uint32_t MatrixPlace::at(int row, int column) const {

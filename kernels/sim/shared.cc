@@ -119,7 +119,8 @@ void clear_written(Thread &thread) {
 void check_fenced(uint32_t address, size_t num_bytes, const char *operation) {
   const size_t first = address - kFirstAddress;
   for (size_t chunk = first / kChunk; chunk <= (first + num_bytes - 1) / kChunk; ++chunk) {
-    if (writers[chunk]) fail("%s: what thread %u wrote at shared address %zu is not fenced (fence_async)", operation, writers[chunk] - 1u, chunk * kChunk + kFirstAddress);
+    if (!writers[chunk]) continue;
+    fail("%s: what thread %u wrote at shared address %zu is not fenced (fence_async)", operation, writers[chunk] - 1u, chunk * kChunk + kFirstAddress);
   }
 }
 

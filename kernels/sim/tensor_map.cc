@@ -57,7 +57,9 @@ void check_tensor_map(const TensorMap &map) {
            (i == 0 || (map.strides[i] % 16 == 0 && map.strides[i] < kMaxStride));
   }
   const uint32_t row_bytes = map.box[0] * kElementBytes;
-  if (!fits || row_bytes % 16 || (map.is_swizzled && row_bytes != kSwizzleBytes)) throw Error(LMI_DEVICE_ERROR, "a tensor map that a driver refuses");
+  if (!fits || row_bytes % 16 || (map.is_swizzled && row_bytes != kSwizzleBytes)) {
+    throw Error(LMI_DEVICE_ERROR, "a tensor map that a driver refuses");
+  }
 }
 
 void copy_box(uint32_t to, const TensorMap &map, const int *at, int dims, uint32_t barrier) {
@@ -76,7 +78,9 @@ void copy_box(uint32_t to, const TensorMap &map, const int *at, int dims, uint32
 
 void copy_bulk(uint32_t to, const void *from, unsigned num_bytes, uint32_t barrier) {
   constexpr char kOperation[] = "a bulk copy";
-  if (num_bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("%s of %u bytes: whole times 16, from a multiple of 16", kOperation, num_bytes);
+  if (num_bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    fail("%s of %u bytes: whole times 16, from a multiple of 16", kOperation, num_bytes);
+  }
   char *const place = shared_pointer(to, num_bytes, 16, kOperation);
   check_mbarrier(barrier, kOperation);
   add_bulk(barrier, num_bytes, [=] {

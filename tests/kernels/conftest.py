@@ -3,8 +3,8 @@
 A test that takes `library` runs with that library chosen as the column: the CPU's at the best level of this machine with 1 and 2
 threads, and at each other level with 2, since how rows are shared does not depend on the level; and the CUDA column on its
 stand-in, whose levels are orders of threads; where there is a GPU and the CUDA column is built, that too, on copies of the tests'
-tensors. A test marked `cpu_column` or `device_column` is about what only one of them promises. The sanitizer test runs these same
-tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
+tensors. A test marked `cpu_column`, `device_column` or `sim_column` is about what only one of them promises. The sanitizer test
+runs these same tests on another library: --column=cpu --library=PATH --levels=base,best --threads=2.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,13 @@ from lmi_dist.ops import column as columns
 from lmi_dist.ops.abi import Library, find_library
 
 ORDERS = ("forward", "reverse", "random")
+KEPT_FROM = {"cpu": {"device_column", "sim_column"}, "sim": {"cpu_column"}, "cuda": {"cpu_column", "sim_column"}}  # tests so marked
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_column: not for the CUDA column")
     config.addinivalue_line("markers", "device_column: for the CUDA column only")
+    config.addinivalue_line("markers", "sim_column: for the CUDA column's stand-in only")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,9 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
         marks = {mark.name for mark in metafunc.definition.iter_markers()}
-        backends = [
-            each for each in backends_of(metafunc.config) if ("device_column" if each[0] == "cpu" else "cpu_column") not in marks
-        ]
+        backends = [each for each in backends_of(metafunc.config) if not KEPT_FROM[each[0]] & marks]
         names = ["-".join(map(str, each)) for each in backends]
         metafunc.parametrize("library", backends, ids=names, indirect=True)
 

@@ -2,6 +2,9 @@
 against the twin; and the same bits however a prompt is cut. Cache slots that no key owns
 are NaN throughout: nobody may look at them."""
 
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -431,3 +434,105 @@ def test_attention_names_bad_buckets(column: str) -> None:
         batch.run(causal=False, relative_bias=torch.ones(2, 4))
     with pytest.raises(KernelError, match=r"max_distance=16 must be 17 to 1048576"):
         batch.run(relative_bias=torch.ones(32, 4), max_distance=16)
+
+
+# ---- prompts on sm_90a: a kernel of their own, with the bits of the other ----
+
+
+@contextmanager
+def on_sm90a(library: Library) -> Iterator[Callable[[], set[str]]]:
+    """The stand-in as a GPU of compute capability 9.0, in its order of threads. Gives what was launched since last asked."""
+    order, exported = library.describe().split()[2], ctypes.CDLL(str(library.path))
+    exported.lmi_sim_launched.restype = ctypes.c_char_p
+    library.set_level(f"sm_90a {order}")
+    exported.lmi_sim_count(1)
+    try:
+        yield lambda: set(exported.lmi_sim_launched().decode().split(","))
+    finally:
+        exported.lmi_sim_count(0)
+        library.set_level(order)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def check_prompts(library: Library, batch: Batch, **options: Any) -> None:
+    """Bits of the kernel for sm_80, which other tests compare with the twin."""
+    expected = batch.run(**options)
+
+    with on_sm90a(library) as launched:
+        out = batch.run(**options)
+        kernels = launched()
+
+    assert "attention of prompts" in kernels
+    assert out.isfinite().all()
+    assert same_bits(out, expected)
+
+
+@pytest.mark.sim_column
+@by_option
+@pytest.mark.parametrize("dtype", HALVES)
+def test_prompts_on_sm90a_have_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Prompts of two and three units, one of them behind cached keys; between them a decode, few rows, none."""
+    check_prompts(library, Batch.of((130, 1, 600, 64, 17), (130, 1, 70, 3, 0), dtype=dtype), **options)
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize(("heads", "size"), [((1, 1), 8), ((3, 3), 40), ((6, 2), 64), ((7, 1), 72), ((16, 1), 128)])
+def test_prompts_on_sm90a_take_heads_and_sizes(library: Library, heads: tuple[int, int], size: int) -> None:
+    check_prompts(library, Batch.of((93, 150), (93, 5), heads=heads, size=size, dtype=torch.bfloat16))
+
+
+def in_blocks_of(batch: Batch, block_size: int) -> Batch:
+    """A batch of one sequence with the same keys in larger or smaller blocks."""
+    caches, num_blocks = [], -(-batch.lengths[0] // block_size)
+    for cache in (batch.k_cache, batch.v_cache):
+        keys = cache[batch.tables[0, : -(-batch.lengths[0] // BLOCK_SIZE)].long()].transpose(1, 2).flatten(0, 1)  # [keys,K,D]
+        padded = torch.full((num_blocks * block_size, *keys.shape[1:]), NAN, dtype=keys.dtype)
+        padded[: batch.lengths[0]] = keys[: batch.lengths[0]]
+        caches.append(padded.unflatten(0, (num_blocks, block_size)).transpose(1, 2).contiguous().flip(0))
+    return replace(
+        batch, k_cache=caches[0], v_cache=caches[1], tables=torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32)[None]
+    )
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize("block_size", [8, 32, 64, 128])
+def test_prompts_on_sm90a_take_blocks_that_fit_tiles(library: Library, block_size: int) -> None:
+    check_prompts(library, in_blocks_of(Batch.of((200,), (70,), dtype=torch.bfloat16), block_size), window=90)
+
+
+@pytest.mark.sim_column
+def test_prompts_on_sm90a_have_keys_of_their_own(library: Library) -> None:
+    """More queries than keys, none at all, and tables whose blocks before the window are gone."""
+    check_prompts(library, Batch.of((5, 0, 200), (90, 80, 70), dtype=torch.bfloat16), causal=False)
+    check_prompts(library, Batch.of((0, 3), (70, 100), dtype=torch.bfloat16))
+    gone = Batch.of((600,), (40,), dtype=torch.bfloat16)
+    gone.tables[0, : (600 - 40 - 49) // BLOCK_SIZE] = -1
+    check_prompts(library, gone, window=50)
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize(
+    ("why", "batch"),
+    [
+        ("few rows", Batch.of((80,), (32,), dtype=torch.bfloat16)),
+        ("fp32", Batch.of((80,), (80,))),
+        ("more columns than two states in registers", Batch.of((80,), (80,), size=136, dtype=torch.bfloat16)),
+        ("blocks that do not divide a tile", in_blocks_of(Batch.of((80,), (80,), dtype=torch.bfloat16), 24)),
+        (
+            "rows off 16 bytes",
+            replace(Batch.of((80,), (80,), dtype=torch.bfloat16), q=rand(80, 4, 33, dtype=torch.bfloat16)[..., :32]),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_prompts_go_the_way_of_sm80(library: Library, why: str, batch: Batch) -> None:
+    expected = batch.run()
+
+    with on_sm90a(library) as launched:
+        out = batch.run()
+        kernels = launched()
+
+    assert kernels <= {"attention", "attention merge"}, why
+    assert same_bits(out, expected)

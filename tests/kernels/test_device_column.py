@@ -7,6 +7,7 @@ from kernel_cases import rand, same_bits
 from torch import Tensor
 
 from lmi_dist import ops
+from lmi_dist.errors import KernelError
 from lmi_dist.ops.abi import Library
 
 pytestmark = pytest.mark.device_column
@@ -61,3 +62,19 @@ def test_penalized_ids_out_of_range_are_passed_over(library: Library) -> None:
     )
 
     assert logits.tolist() == [[2.0, 0.0, 0.0, -1.0]]
+
+
+@pytest.mark.sim_column
+def test_level_is_an_architecture_and_an_order(library: Library) -> None:
+    library.set_level("sm_90a random:3")
+    assert library.describe().startswith("sim sm_90a random ")
+
+    library.set_level("reverse")
+    assert library.describe().startswith("sim sm_80 reverse ")
+
+    library.set_level("best")
+    assert library.describe().startswith("sim sm_90a forward ")
+
+    for level in ("sm_70 forward", "sm_90a", "sm_90a sideways", ""):
+        with pytest.raises(KernelError, match=f"level {level} is not an order of threads"):
+            library.set_level(level)
