@@ -134,7 +134,7 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
   if (has_bias) make_bias(args, bias.as<float>(), stream);
   const int64_t max_keys = args.tables.size[1] * args.k_cache.size[2];
   const Bounds bounds{num_tokens * (args.q.size[1] / args.k_cache.size[1]), std::max<int64_t>(1, (max_keys + kSplit - 1) / kSplit)};
-  const bool are_prompts = args.q.dtype != LMI_F32 && bounds.num_rows > kFewRows && are_prompts_for_sm90(args);
+  const bool are_prompts = bounds.num_rows > kFewRows && are_prompts_for_sm90(args);
   const Boxes boxes = are_prompts ? boxes_of(args) : Boxes();
   with_dtype(args.q.dtype, [&](auto zero) {
     using T = decltype(zero);

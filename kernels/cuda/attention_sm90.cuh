@@ -7,15 +7,15 @@
 #pragma once
 #include "cuda/attention_problem.cuh"
 #include "cuda/attention_state.cuh"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ring_sm90.cuh"
 
 namespace lmi::cuda {
 
 constexpr int kGroupRows = 64, kRowGroups = 2, kPromptRows = kRowGroups * kGroupRows;
 constexpr unsigned kPromptThreads = ptx::kGroupThreads * (1 + kRowGroups);
-constexpr int kRing = 6;                                   /* tiles of keys or values */
-constexpr int kPanel = 64, kPanelRow = 128;                /* columns of D whose rows lie together in shared memory; their bytes */
-constexpr int kLoaderRegisters = 24, kRowRegisters = 240;  /* of a thread; 64 K in all */
+constexpr int kRingTiles = 6; /* keys of tile i are step 2i, its values step 2i + 1; steps go on from unit to unit */
+constexpr int kPanel = 64, kPanelRow = 128;               /* columns of D whose rows lie together in shared memory; their bytes */
+constexpr int kLoaderRegisters = 24, kRowRegisters = 240; /* of a thread; 64 K in all */
 
 /* kPadded: D filled up to 64 or 128. */
 template <class T, int kPadded>
@@ -24,52 +24,13 @@ struct PromptShape {
   static constexpr int kTileBytes = kTile * kPadded * static_cast<int>(sizeof(T));
   static constexpr int kQueryBytes = kGroupRows * kPadded * static_cast<int>(sizeof(T));
   static constexpr int kTotalBytes = kGroupRows * kPadded * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kRing * kTileBytes + kRowGroups * (kQueryBytes + kTotalBytes);
+  static constexpr int kSharedBytes = kRingTiles * kTileBytes + kRowGroups * (kQueryBytes + kTotalBytes);
 };
 
 /* The part of a cache's block that one copy brings: 64 columns of `rows` tokens, which divide a tile. */
 struct Boxes {
   TensorMap keys, values;
   int rows, num_blocks;
-};
-
-/* ---- the ring: tile i of keys is step 2i, its values step 2i + 1; steps go on from unit to unit ---- */
-
-struct RingBarriers {
-  uint64_t full[kRing], empty[kRing], landed;
-};
-
-class Ring {
- public:
-  __device__ Ring(uint32_t tiles, RingBarriers &barriers, int tile_bytes)
-      : tiles_(tiles), barriers_(ptx::shared_address(&barriers)), tile_bytes_(tile_bytes) {}
-
-  /* For one thread, before all go on. */
-  __device__ void init() const {
-    for (int slot = 0; slot < kRing; ++slot) {
-      ptx::init_mbarrier(full(slot), 1);
-      ptx::init_mbarrier(empty(slot), kRowGroups * 4);
-    }
-    ptx::init_mbarrier(landed(), 1);
-    ptx::fence_mbarriers();
-  }
-
-  __device__ __forceinline__ uint32_t tile(int step) const { return tiles_ + step % kRing * tile_bytes_; }
-  __device__ __forceinline__ uint32_t full(int step) const { return barriers_ + step % kRing * 8; }
-  __device__ __forceinline__ uint32_t empty(int step) const { return barriers_ + (kRing + step % kRing) * 8; }
-  /* Tells the loader that a tile is there which it wants to touch first. */
-  __device__ __forceinline__ uint32_t landed() const { return barriers_ + 2 * kRing * 8; }
-
-  __device__ __forceinline__ void await_full(int step) const { ptx::wait_mbarrier(full(step), step / kRing & 1); }
-  __device__ __forceinline__ void await_empty(int step) const { ptx::wait_mbarrier(empty(step), (step / kRing & 1) ^ 1); }
-  /* For each warp of the row groups. */
-  __device__ __forceinline__ void release(int step) const {
-    if (threadIdx.x % 32 == 0) ptx::arrive_mbarrier(empty(step));
-  }
-
- private:
-  const uint32_t tiles_, barriers_;
-  const int tile_bytes_;
 };
 
 /* ---- the warp that loads ---- */
@@ -79,8 +40,8 @@ class TileLoader {
   using Tiles = PromptShape<T, kPadded>;
 
  public:
-  __device__ TileLoader(const Attention<T> &attention, const Boxes &boxes, const Ring &ring)
-      : attention_(attention), boxes_(boxes), ring_(ring) {}
+  __device__ TileLoader(const Attention<T> &attention, const Boxes &boxes, const Ring<kRingTiles> &ring, uint32_t landed)
+      : attention_(attention), boxes_(boxes), ring_(ring), landed_(landed) {}
 
   __device__ void load(const Piece &piece) {
     const UnitTiles tiles(attention_, piece);
@@ -91,7 +52,7 @@ class TileLoader {
       ++step_;
       ring_.await_empty(step_);
       const bool is_whole = first_key >= tiles.needed.first && first_key + kTile <= tiles.needed.last;
-      load_boxes(boxes_.values, piece.unit, first_key, tiles.needed, is_whole ? ring_.full(step_) : ring_.landed());
+      load_boxes(boxes_.values, piece.unit, first_key, tiles.needed, is_whole ? ring_.full(step_) : landed_);
       if (!is_whole) clear_unneeded(first_key, tiles.needed);
       ++step_;
     }
@@ -108,17 +69,17 @@ class TileLoader {
     const int *const table = attention_.tables + unit.sequence * attention_.tables_stride;
     const int block = is_needed ? table[key / attention_.block_size] : boxes_.num_blocks;
     const int at[] = {panel * kPanel, key % attention_.block_size, unit.head, block};
-    ptx::copy_box(ring_.tile(step_) + (panel * kTile + row) * kPanelRow, map, at, barrier);
+    ptx::copy_box(ring_.place(step_) + (panel * kTile + row) * kPanelRow, map, at, barrier);
   }
 
   /* Values of keys that no row sees become 0, for whatever lies there would be multiplied by 0; then the tile is full. */
   __device__ void clear_unneeded(int first_key, Range needed) {
     const int lane = threadIdx.x % 32;
-    ptx::wait_mbarrier(ring_.landed(), landed_phase_);
+    ptx::wait_mbarrier(landed_, landed_phase_);
     landed_phase_ ^= 1;
     for (int i = lane; i < Tiles::kTileBytes / 16; i += 32) {
       const int key = first_key + i / (kPanelRow / 16) % kTile;
-      if (key < needed.first || key >= needed.last) ptx::clear_shared(ring_.tile(step_) + i * 16);
+      if (key < needed.first || key >= needed.last) ptx::clear_shared(ring_.place(step_) + i * 16);
     }
     ptx::fence_async();
     __syncwarp(); /* all lanes have cleared theirs */
@@ -127,7 +88,8 @@ class TileLoader {
 
   const Attention<T> &attention_;
   const Boxes &boxes_;
-  const Ring &ring_;
+  const Ring<kRingTiles> &ring_;
+  const uint32_t landed_; /* barrier that tells this warp of a tile which it wants to touch first */
   int step_ = 0, landed_phase_ = 0;
 };
 
@@ -140,7 +102,7 @@ class RowGroup {
 
  public:
   /* queries, totals: the group's places in shared memory */
-  __device__ RowGroup(const Attention<T> &attention, const Ring &ring, T *queries, float *totals)
+  __device__ RowGroup(const Attention<T> &attention, const Ring<kRingTiles> &ring, T *queries, float *totals)
       : attention_(attention), ring_(ring), queries_(queries), total_(totals + threadIdx.x % ptx::kGroupThreads),
         group_(threadIdx.x / ptx::kGroupThreads - 1), lane_(threadIdx.x % 32), warp_(threadIdx.x % ptx::kGroupThreads / 32) {}
 
@@ -199,6 +161,7 @@ class RowGroup {
     total.clear();
     multiply_keys(step_, scores);
     ptx::wait_products<0>();
+    ptx::hold_registers(scores);
     ring_.release(step_);
     score(scores, tiles.first * kTile);
     part.weigh(scores, keep); /* nothing is there to keep */
@@ -208,6 +171,7 @@ class RowGroup {
       multiply_keys(step, scores);
       add_values(step - 1, weights, part.values);
       ptx::wait_products<1>();
+      ptx::hold_registers(scores);
       ring_.release(step);
       const bool begins_split = (tiles.first + tile) % (kSplit / kTile) == 0;
       Softmax next = part;
@@ -215,6 +179,8 @@ class RowGroup {
       score(scores, (tiles.first + tile) * kTile);
       next.weigh(scores, keep);
       ptx::wait_products<0>();
+      ptx::hold_registers(part.values);
+      ptx::hold_registers(weights);
       ring_.release(step - 1);
       if (begins_split) {
         merge(total, is_first_split, part);
@@ -231,6 +197,7 @@ class RowGroup {
     }
     add_values(step_ + 2 * tiles.num - 1, weights, part.values);
     ptx::wait_products<0>();
+    ptx::hold_registers(part.values);
     ring_.release(step_ + 2 * tiles.num - 1);
     merge(total, is_first_split, part);
     static_cast<Softmax &>(part) = total;
@@ -260,7 +227,7 @@ class RowGroup {
   /* scores = queries * keys, 16 of D at a time in ascending order */
   __device__ void multiply_keys(int step, float (&scores)[8][4]) const {
     ring_.await_full(step);
-    const uint32_t queries = ptx::shared_address(queries_), keys = ring_.tile(step);
+    const uint32_t queries = ptx::shared_address(queries_), keys = ring_.place(step);
     ptx::fence_products();
 #pragma unroll
     for (int k = 0; k < kPadded / 16; ++k) {
@@ -272,9 +239,11 @@ class RowGroup {
   }
 
   /* values += weights * the tile's values, 16 keys at a time in ascending order */
-  __device__ void add_values(int step, const uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
+  __device__ void add_values(int step, uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
     ring_.await_full(step);
-    const uint32_t tile = ring_.tile(step);
+    const uint32_t tile = ring_.place(step);
+    ptx::hold_registers(weights);
+    ptx::hold_registers(values);
     ptx::fence_products();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
@@ -286,7 +255,7 @@ class RowGroup {
   /* Products become scores; those that a row does not see, -infinity. */
   __device__ void score(float (&scores)[8][4], int first_key) const {
     if (attention_.has_plain_scores()) for_scores(scores, [&](float &score, int, int) { score = attention_.plain_score(score); });
-    else for_scores(scores, [&](float &score, int r, int key) { score = attention_.score(score, head_[r], first_key + key - position_[r]); });
+    else for_scores(scores, [&](float &score, int r, int i) { score = attention_.score(score, head_[r], first_key + i - position_[r]); });
     if (first_key >= seen_by_all_.first && first_key + kTile <= seen_by_all_.last) return;
     const Range seen[2] = {attention_.seen_from(position_[0], num_keys_), attention_.seen_from(position_[1], num_keys_)};
     for_scores(scores, [&](float &score, int r, int column) {
@@ -347,7 +316,7 @@ class RowGroup {
   }
 
   const Attention<T> &attention_;
-  const Ring &ring_;
+  const Ring<kRingTiles> &ring_;
   T *const queries_;
   float *const total_; /* the thread's values of the splits that are done, kGroupThreads apart */
   const int group_, lane_, warp_;
@@ -363,20 +332,24 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt_kernel(Attention<T> 
 #if LMI_HAS_SM90A
   using Tiles = PromptShape<T, kPadded>;
   char *const shared = dynamic_shared<char>();
-  LMI_SHARED(RingBarriers, barriers);
-  const Ring ring(ptx::shared_address(shared), barriers, Tiles::kTileBytes);
-  if (threadIdx.x == 0) ring.init();
+  LMI_SHARED(RingBarriers<kRingTiles>, barriers);
+  LMI_SHARED(uint64_t, landed);
+  const Ring<kRingTiles> ring(ptx::shared_address(shared), Tiles::kTileBytes, barriers);
+  if (threadIdx.x == 0) {
+    ptx::init_mbarrier(ptx::shared_address(&landed), 1);
+    ring.init(kRowGroups * 4);
+  }
   const Schedule<kPromptRows, kPromptThreads> schedule(attention, false); /* meets all threads */
   const int last = schedule.num_pieces() - 1 - static_cast<int>(blockIdx.x);
   if (threadIdx.x < ptx::kGroupThreads) {
     ptx::give_registers<kLoaderRegisters>();
     if (threadIdx.x >= 32) return;
-    TileLoader<T, kPadded> loader(attention, boxes, ring);
+    TileLoader<T, kPadded> loader(attention, boxes, ring, ptx::shared_address(&landed));
     for (int index = last; index >= 0; index -= gridDim.x) loader.load(schedule.piece(attention, index));
   } else {
     ptx::take_registers<kRowRegisters>();
     const int group = threadIdx.x / ptx::kGroupThreads - 1;
-    char *const queries = shared + kRing * Tiles::kTileBytes, *const totals = queries + kRowGroups * Tiles::kQueryBytes;
+    char *const queries = shared + kRingTiles * Tiles::kTileBytes, *const totals = queries + kRowGroups * Tiles::kQueryBytes;
     RowGroup<T, kPadded> rows(attention, ring, reinterpret_cast<T *>(queries + group * Tiles::kQueryBytes),
                               reinterpret_cast<float *>(totals + group * Tiles::kTotalBytes));
     for (int index = last; index >= 0; index -= gridDim.x) rows.attend(schedule.piece(attention, index));
@@ -386,12 +359,14 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt_kernel(Attention<T> 
 
 /* ---- which prompts ---- */
 
-/* Whether sequences with many rows (Schedule) go to prompt_kernel: on a device that has it, D up to 128 (a state of 64 rows in
- * registers), all tensors on borders of 16 bytes, and blocks of 8, 16, 32 or a multiple of 64 tokens, whose rows fill a swizzle. */
+/* Whether sequences with many rows (Schedule) go to prompt_kernel: on a device that has it, bf16 or fp16 with a cache of the same, D
+ * up to 128 (a state of 64 rows in registers), all tensors on borders of 16 bytes, and blocks of 8, 16, 32 or a multiple of 64
+ * tokens, whose rows fill a swizzle. */
 inline bool are_prompts_for_sm90(const lmi_attention_args &args) {
   const int64_t block_size = args.k_cache.size[2];
   const bool fits_tiles = block_size % kTile == 0 || (block_size >= 8 && kTile % block_size == 0);
-  return has_sm90a() && args.q.size[2] <= 128 && fits_tiles && args.k_cache.size[0] > 0 &&
+  const bool is_of_halves = args.q.dtype != LMI_F32 && args.k_cache.dtype == args.q.dtype;
+  return has_sm90a() && is_of_halves && args.q.size[2] <= 128 && fits_tiles && args.k_cache.size[0] > 0 &&
          is_wide({&args.out, &args.q, &args.k_cache, &args.v_cache});
 }
 

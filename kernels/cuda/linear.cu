@@ -1,6 +1,7 @@
 /* x times a packed weight, with bias, addend, activation, gate and residual at the end; for one weight or for experts. */
 #include "cuda/linear_dense.cuh"
 #include "cuda/linear_plain.cuh"
+#include "cuda/linear_sm90.cuh"
 #include "cuda/operations.cuh"
 
 namespace lmi::cuda {
@@ -33,6 +34,14 @@ void run_dense(const Linear<T> &linear, bool is_aligned, cudaStream_t stream) {
   launch("linear", dense_kernel<T, kRows>, shape, stream, linear, is_aligned);
 }
 
+/* On sm_90a, by how many tokens an expert has. */
+template <class T>
+void run_by_groups(const lmi_linear_args &args, const Linear<T> &linear, cudaStream_t stream) {
+  if (linear.num_tokens <= int64_t{16} * linear.num_experts) run_groups<T, 1, 16>(args, linear, stream);
+  else if (linear.num_tokens <= int64_t{64} * linear.num_experts) run_groups<T, 1, 64>(args, linear, stream);
+  else run_groups<T, 2, 128>(args, linear, stream);
+}
+
 template <class T, int kFormat>
 void run_plain(const Linear<T> &linear, cudaStream_t stream) {
   const int64_t outputs = linear.is_gated ? linear.out_features / 2 : linear.out_features;
@@ -53,6 +62,7 @@ void run(const lmi_linear_args &args, const Linear<T> &linear, cudaStream_t stre
   if constexpr (std::is_same_v<T, float>) {
     run_plain<T, LMI_DENSE>(linear, stream);
   } else {
+    if (is_for_sm90(args.x, linear)) return run_by_groups(args, linear, stream);
     const bool is_aligned = reinterpret_cast<uintptr_t>(args.x.data) % 16 == 0 && args.x.stride[0] % 8 == 0;
     if (are_few(linear)) run_dense<T, 16>(linear, is_aligned, stream);
     else run_dense<T, 64>(linear, is_aligned, stream);

@@ -184,6 +184,24 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address, uint32_t leading
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | kStride << 32 | kSwizzle128 << 62;
 }
 
+/* The compiler knows nothing of products on their way: it must not move what reads or writes these registers across this point,
+ * which stands behind a wait, or before a fence where they were written. */
+template <class Register, int kNum>
+__device__ __forceinline__ void hold_registers(Register (&registers)[kNum][4]) {
+#if defined(LMI_SIM)
+  (void)registers;
+#elif LMI_HAS_SM90A
+#pragma unroll
+  for (int i = 0; i < kNum; ++i) {
+    if constexpr (std::is_same_v<Register, float>) {
+      asm volatile("" : "+f"(registers[i][0]), "+f"(registers[i][1]), "+f"(registers[i][2]), "+f"(registers[i][3])::"memory");
+    } else {
+      asm volatile("" : "+r"(registers[i][0]), "+r"(registers[i][1]), "+r"(registers[i][2]), "+r"(registers[i][3])::"memory");
+    }
+  }
+#endif
+}
+
 /* Before the first product, and between any other use of D's or A's registers and the next one. */
 __device__ __forceinline__ void fence_products() {
 #if defined(LMI_SIM)

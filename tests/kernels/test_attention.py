@@ -2,16 +2,13 @@
 against the twin; and the same bits however a prompt is cut. Cache slots that no key owns
 are NaN throughout: nobody may look at them."""
 
-import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import attention_reference as reference
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_close, rand, same_bits, strided
+from kernel_cases import DTYPES, HALVES, assert_close, on_sm90a, rand, same_bits, strided
 from torch import Tensor
 from torch.nn import functional
 
@@ -437,23 +434,6 @@ def test_attention_names_bad_buckets(column: str) -> None:
 
 
 # ---- prompts on sm_90a: a kernel of their own, with the bits of the other ----
-
-
-@contextmanager
-def on_sm90a(library: Library) -> Iterator[Callable[[], set[str]]]:
-    """The stand-in as a GPU of compute capability 9.0, in its order of threads. Gives what was launched since last asked."""
-    order, exported = library.describe().split()[2], ctypes.CDLL(str(library.path))
-    exported.lmi_sim_launched.restype = ctypes.c_char_p
-    library.set_level(f"sm_90a {order}")
-    exported.lmi_sim_count(1)
-    try:
-        yield lambda: set(exported.lmi_sim_launched().decode().split(","))
-    finally:
-        exported.lmi_sim_count(0)
-        library.set_level(order)
-
-
-HALVES = [torch.bfloat16, torch.float16]
 
 
 def check_prompts(library: Library, batch: Batch, **options: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_close, rand, same_bits, strided
+from kernel_cases import DTYPES, HALVES, assert_close, on_sm90a, rand, same_bits, strided
 from torch import Tensor
 from torch.nn import functional
 
@@ -207,6 +207,52 @@ def test_grouped_linear_matches_twin(library: Library) -> None:
             results.append(ops.grouped_linear(x, experts, starts))
 
     assert_close(results[0], results[1])
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 33, 200])
+def test_linear_on_sm90a_has_the_same_bits(library: Library, dtype: torch.dtype, gated: bool, num_rows: int) -> None:
+    """More than one block of outputs and of tokens, all of them with an end that only fills tiles."""
+    weight, x = packed((150, 136), weights((150, 136), dtype, "dense", 0, 1), dtype, gated), rand(num_rows, 136, dtype=dtype)
+    terms = {"bias": rand(150, dtype=dtype, seed=2), "residual": rand(num_rows, 75 if gated else 150, seed=3)}
+    expected = ops.linear(x, weight, **terms, activation="silu", out_dtype=torch.float32)
+
+    with on_sm90a(library) as launched:
+        out = ops.linear(x, weight, **terms, activation="silu", out_dtype=torch.float32)
+        kernels = launched()
+
+    assert kernels == {"linear by groups"}
+    assert same_bits(out, expected)
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize("num_rows", [40, 150])
+def test_grouped_linear_on_sm90a_has_the_same_bits(library: Library, num_rows: int) -> None:
+    experts = ops.pack_experts(3, 70, 72, torch.bfloat16)
+    for index, expert in enumerate(experts):
+        expert.put(**weights((70, 72), torch.bfloat16, "dense", 0, index))
+    x, starts = rand(num_rows, 72, dtype=torch.bfloat16), torch.tensor([0, 13, 13, num_rows]).int()
+    expected = ops.grouped_linear(x, experts, starts)
+
+    with on_sm90a(library) as launched:
+        out = ops.grouped_linear(x, experts, starts)
+        kernels = launched()
+
+    assert kernels == {"linear by groups"}
+    assert same_bits(out, expected)
+
+
+@pytest.mark.sim_column
+def test_linear_off_16_bytes_goes_the_way_of_sm80(library: Library) -> None:
+    weight = packed((32, 40), weights((32, 40), torch.bfloat16, "dense", 0, 1), torch.bfloat16)
+
+    with on_sm90a(library) as launched:
+        ops.linear(rand(5, 41, dtype=torch.bfloat16)[:, :40], weight)
+        kernels = launched()
+
+    assert kernels == {"linear"}
 
 
 def test_linear_may_write_over_its_residual(library: Library) -> None:
