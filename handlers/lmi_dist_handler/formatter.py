@@ -51,9 +51,12 @@ def dialect_of_route(path: str) -> Dialect:
     return "openai" if path.startswith("/v1/") else "tgi" if path in TGI_ROUTES else "lmi"
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # json.dumps would make one for every token
+
+
 def dumps(value: object) -> str:
     """JSON in one line, text unescaped, never NaN."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def finite(logprob: float | None) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lmi_dist import LmiError
 from lmi_dist_handler.launcher import GroupFolder, Launch, end_workers, living_pids
-from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, PairList, WireError, read_async
+from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, PairList, WireError, messages
 from lmi_dist_handler.worker_log import WorkerLog
 
 logger = logging.getLogger(__name__)
@@ -262,8 +262,7 @@ class Group:
 
     async def _receive(self, rank: int, reader: asyncio.StreamReader) -> None:
         try:
-            while True:
-                reply = await read_async(self._codec.response(), reader)
+            async for reply in messages(self._codec.response, reader):
                 stream = self._streams.get(reply.get_property("request_tracking_id") or "")
                 if stream is not None:  # else somebody has lost interest
                     stream.put(reply)

@@ -66,9 +66,13 @@ class OpenAIEvents(OpenAIFormatter):
 
     content_type: ClassVar[str] = "text/event-stream"
 
+    def __init__(self, ask: Ask) -> None:
+        super().__init__(ask)
+        self._opening = dumps(self.head).removesuffix("}")  # written once: it is most of an event
+        self._closing = ', "usage": null}' if ask.include_usage else "}"
+
     def event(self, choice: dict[str, Any]) -> str:
-        usage = {"usage": None} if self.ask.include_usage else {}
-        return f"data: {dumps({**self.head, 'choices': [choice], **usage})}\n\n"
+        return f'data: {self._opening}, "choices": [{dumps(choice)}]{self._closing}\n\n'
 
     def _end(self) -> str:
         usage = f"data: {dumps({**self.head, 'choices': [], 'usage': self.usage()})}\n\n" if self.ask.include_usage else ""

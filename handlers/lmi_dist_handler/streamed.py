@@ -22,8 +22,11 @@ class Streamed(Response):
         self._watcher = watcher
         self._metrics = metrics
         self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._waiting_since: float | None = None  # for the worker's next piece
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._mind_silence()
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while not self._piece.is_last:
@@ -33,6 +36,7 @@ class Streamed(Response):
         except ClientGoneError:
             self._metrics.client_gone()
         finally:
+            self._timer.cancel()
             self._watcher.cancel()
             self._stream.close()
 
@@ -41,14 +45,23 @@ class Streamed(Response):
 
     async def _next(self) -> Piece:
         """The next piece. A worker that is lost or silent gives an error: the status has been sent already."""
-        silent = WorkerLostError(f"no more text came within chunked_read_timeout={self._timeout_s:g} s")
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, self._stream.interrupt, silent)
+        self._waiting_since = self._loop.time()
         try:
             return await self._stream.piece()
         except WorkerLostError as error:
             return Piece("", True, error.code, str(error))
         finally:
-            timer.cancel()
+            self._waiting_since = None
+
+    def _mind_silence(self) -> None:
+        """Interrupt the wait for a piece once it has lasted too long. One timer sees to all of them: each would cost more than the
+        wait itself."""
+        now = self._loop.time()
+        rest_s = self._timeout_s if self._waiting_since is None else self._waiting_since + self._timeout_s - now
+        if rest_s <= 0:
+            self._stream.interrupt(WorkerLostError(f"no more text came within chunked_read_timeout={self._timeout_s:g} s"))
+            rest_s = self._timeout_s
+        self._timer = self._loop.call_later(rest_s, self._mind_silence)
 
     def _failure(self, piece: Piece) -> str:
         """An error that nobody has put into the stream's form yet."""

@@ -1,7 +1,7 @@
 """DJL's wire protocol (djl-contract 2, 3.1 and 3.2), both directions: what handlers see, and its bytes. Owns no socket.
 
 Parsers are generators that yield how many bytes they want next and return what they made of them, so that one grammar serves
-blocking sockets (`read`) and asyncio (`read_async`). Integers are big-endian; only the utf8 prefix ever changed.
+blocking sockets (`read`) and asyncio (`messages`). Integers are big-endian; only the utf8 prefix ever changed.
 """
 
 import asyncio
@@ -10,13 +10,14 @@ import io
 import json
 import logging
 import struct
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
 logger = logging.getLogger(__name__)
 
 MAX_COUNT = 32767  # of properties and of content items: they are i16
 MAX_LENGTH = 1 << 30  # of a text or a content value that is read; what claims more is no message of DJL's
+READ_BYTES = 64 * 1024  # asked of an asyncio stream at a time
 MAX_CONTENT_BYTES = 20 * 1024 * 1024  # of one content value of a reply; DJL closes the channel above it
 
 T = TypeVar("T")
@@ -385,14 +386,31 @@ def read(fields: Fields[T], stream: BinaryIO) -> T:
         return result
 
 
-async def read_async(fields: Fields[T], reader: asyncio.StreamReader) -> T:
-    """Run a parser on an asyncio stream. Raises Disconnected at its end, WireError on bad bytes."""
-    try:
+async def messages(grammar: Callable[[], Fields[T]], reader: asyncio.StreamReader) -> AsyncIterator[T]:
+    """One message after the other from an asyncio stream. Bytes are taken as they lie there, all that have come at once, so that
+    a parser waits only where some are missing. Raises Disconnected at the stream's end, WireError on bad bytes."""
+    data, place = b"", 0
+    while True:
+        fields = grammar()
         wanted = next(fields)
-        while True:
-            wanted = fields.send(await reader.readexactly(wanted))
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    except asyncio.IncompleteReadError:
-        raise Disconnected() from None
+        try:
+            while True:
+                if len(data) - place < wanted:
+                    data, place = await _with_more(reader, data[place:], wanted), 0
+                piece = data[place : place + wanted]
+                place += wanted
+                wanted = fields.send(piece)
+        except StopIteration as end:
+            result: T = end.value
+        yield result
+
+
+async def _with_more(reader: asyncio.StreamReader, rest: bytes, wanted: int) -> bytes:
+    """The rest and what comes next, at least `wanted` bytes in all."""
+    pieces, num_missing = [rest], wanted - len(rest)
+    while num_missing > 0:
+        pieces.append(await reader.read(max(num_missing, READ_BYTES)))
+        if not pieces[-1]:
+            raise Disconnected()
+        num_missing -= len(pieces[-1])
+    return b"".join(pieces)

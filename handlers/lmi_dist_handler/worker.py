@@ -140,7 +140,8 @@ class Connection:
         self._codec = codec
         self._extra = extra  # properties that the worker inserts into every request
         self._on_end = on_end
-        self._replies: queue.SimpleQueue[tuple[bytes, Output]] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[list[tuple[bytes, Output]]] = queue.SimpleQueue()
+        self._collected: list[tuple[bytes, Output]] = []  # by the loop's thread, until its round ends
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> NoReturn:
@@ -166,9 +167,7 @@ class Connection:
     def _send(self) -> None:
         try:
             while True:
-                replies = [self._replies.get()]
-                while not self._replies.empty():  # this thread alone takes: one write for all that a step gave
-                    replies.append(self._replies.get())
+                replies = self._replies.get()
                 self._connection.sendall(b"".join(data for data, _ in replies))
                 for _, reply in replies:
                     reply.finish()
@@ -207,7 +206,14 @@ class Connection:
     def _reply(self, reply: Output, tracking_id: str | None) -> None:
         if tracking_id is not None:
             reply.add_property(TRACKING_ID, tracking_id)
-        self._replies.put((b"".join(self._codec.encode_response(reply)), reply))
+        if not self._collected:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._collected.append((b"".join(self._codec.encode_response(reply)), reply))
+
+    def _hand_over(self) -> None:
+        """All that a round of the loop gave, such as a step's tokens, to the sending thread: woken once, it writes once."""
+        self._replies.put(self._collected)
+        self._collected = []
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:

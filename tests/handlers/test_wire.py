@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lmi_dist_handler.wire import Codec, Disconnected, Fields, Input, Output, PairList, WireError, read, read_async
+from lmi_dist_handler.wire import Codec, Disconnected, Fields, Input, Output, PairList, WireError, messages, read
 
 T = TypeVar("T")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -145,19 +145,42 @@ def test_bad_maps_are_refused(data: bytes, what: str) -> None:
         Codec().decode_map(data)
 
 
-def test_asyncio_reads_the_same() -> None:
-    async def both() -> Input:
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_asyncio_reads_the_same(size: int) -> None:
+    """Whole messages, wherever the stream is cut, then its end."""
+    sent = [Input({"a": "b"}, PairList([("data", b"x" * length)])) for length in (0, 1, 300)]
+    data = b"".join(Codec().encode_request(request) for request in sent)
+
+    async def all_of_them() -> list[Input]:
         reader = asyncio.StreamReader()
-        reader.feed_data(Codec().encode_request(Input({"a": "b"}, PairList([("data", b"x")]))))
+        task = asyncio.create_task(collect(messages(Codec().request, reader)))
+        for start in range(0, len(data), size):
+            reader.feed_data(data[start : start + size])
+            await asyncio.sleep(0)
         reader.feed_eof()
-        request = await read_async(Codec().request(), reader)
-        with pytest.raises(Disconnected):
-            await read_async(Codec().request(), reader)
-        return request
+        return await task
 
-    request = asyncio.run(both())
+    async def collect(arriving: AsyncIterator[Input]) -> list[Input]:
+        found = []
+        with contextlib.suppress(Disconnected):
+            async for request in arriving:
+                found.append(request)  # a comprehension would lose them with the exception
+        return found
 
-    assert (request.properties, request.content) == ({"a": "b"}, PairList([("data", b"x")]))
+    found = asyncio.run(all_of_them())
+
+    assert [(one.properties, one.content) for one in found] == [(one.properties, one.content) for one in sent]
+
+
+def test_asyncio_sees_a_message_cut_off() -> None:
+    async def cut() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(Codec().encode_request(Input({"a": "b"}))[:-1])
+        reader.feed_eof()
+        await anext(messages(Codec().request, reader))
+
+    with pytest.raises(Disconnected):
+        asyncio.run(cut())
 
 
 def test_property_lookup_ignores_case() -> None:
