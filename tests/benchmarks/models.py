@@ -5,33 +5,44 @@ row is new tokens a second over all the time of a batch, its prompts included. T
 """
 
 import argparse
-import gc
+import io
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 import transformers
 
-from lmi_dist import Engine, EngineConfig, Request, SamplingParams
+from lmi_dist import Engine, EngineConfig, ImagePart, Request, SamplingParams
+from lmi_dist.request import Prompt
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
+import tiny_llava
 import tiny_tokenizers
-from tiny_variants import KINDS
+import tiny_variants
 
 HIDDEN, INNER, LAYERS, HEADS, VOCABULARY, POSITIONS = 768, 3072, 12, 12, 32000, 2048
+TILE, PATCH = 224, 32  # of LLaVA's images: 49 tokens each
+KINDS = tiny_variants.KINDS | {
+    "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
+    "t5": ("T5Config", "T5ForConditionalGeneration"),
+}
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 LLAMA = {
     **COMMON, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
     "num_key_value_heads": HEADS, "max_position_embeddings": POSITIONS,
 }  # fmt: skip
 GPT2 = {**COMMON, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}
-# by kind of tests/support/tiny_variants.py; an expert of mixtral is a quarter of a feed-forward block
+# by kind; an expert of mixtral is a quarter of a feed-forward block
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {**COMMON, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS},
     "falcon": {key: value for key, value in LLAMA.items() if key not in ("intermediate_size", "num_key_value_heads")},
@@ -41,11 +52,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": GPT2,
     "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
     "gptj": {**GPT2, "rotary_dim": 64},
+    "llava": {
+        "text_config": LLAMA,
+        "image_token_index": VOCABULARY - 1,
+        "vision_config": {"hidden_size": HIDDEN, "intermediate_size": INNER, "image_size": TILE, "patch_size": PATCH},
+    },
     "mixtral": {**LLAMA, "num_key_value_heads": 4, "intermediate_size": INNER // 4},
     "mistral": {**LLAMA, "num_key_value_heads": 4},
     "mpt": {**COMMON, "d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": POSITIONS},
     "opt": {**LLAMA, "word_embed_proj_dim": HIDDEN, "ffn_dim": INNER},
     "qwen3": {**LLAMA, "head_dim": 64},
+    "t5": {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "d_ff": 2048,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+    },
 }
 
 
@@ -56,18 +81,54 @@ def write(kind: str, folder: Path) -> int:
     model = model_class(config_class(**SIZES.get(kind, LLAMA))).to(torch.bfloat16)
     model.save_pretrained(folder)
     tiny_tokenizers.byte_level().save_pretrained(folder)
+    if kind == "llava":
+        image_processor().save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def ours(folder: Path, prompts: torch.Tensor, options: argparse.Namespace) -> Callable[[], int]:
-    """A batch through our engine; gives the number of new tokens."""
+def image_processor() -> transformers.CLIPImageProcessorPil:
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What both continue: ids [B,T], and of LLaVA one encoded image before each prompt."""
+
+    ids: torch.Tensor
+    images: tuple[bytes, ...] = ()
+
+    @classmethod
+    def random(cls, kind: str, size: int, length: int) -> "Batch":
+        ids = torch.randint(3, VOCABULARY - 1, (size, length), generator=torch.Generator().manual_seed(1))
+        images = tuple(tiny_llava.png(320, 240, seed) for seed in range(size)) if kind == "llava" else ()
+        return cls(ids, images)
+
+    def prompts(self) -> list[Prompt]:
+        prompts = [tuple(row) for row in self.ids.tolist()]
+        return [(ImagePart(image), *prompt) for image, prompt in zip(self.images, prompts, strict=True)] if self.images else prompts
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """For transformers' generate."""
+        if not self.images:
+            return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
+        places = torch.full((len(self.ids), (TILE // PATCH) ** 2), VOCABULARY - 1)
+        ids = torch.cat((places, self.ids), dim=1)
+        pictures = [PIL.Image.open(io.BytesIO(image)) for image in self.images]
+        pixels = image_processor()(pictures, return_tensors="pt").pixel_values.to(dtype)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def ours(folder: Path, batch: Batch, options: argparse.Namespace) -> Callable[[], int]:
+    """The batch through our engine; gives the number of new tokens. Images are read before, by transformers' side, too."""
+    prompts = batch.prompts()
     values = {"model": str(folder), "dtype": options.dtype, "cpu_threads": options.threads, "enable_prefix_caching": False}
     engine = Engine(EngineConfig.of({**values, "max_batch_size": len(prompts), "max_model_len": POSITIONS}))
     params = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True, temperature=0.0)
+    requests = [engine.prepare(Request(id=str(number), prompt=prompt, params=params)) for number, prompt in enumerate(prompts)]
 
     def work() -> int:
-        for number, prompt in enumerate(prompts.tolist()):
-            engine.add(Request(id=str(number), prompt=tuple(prompt), params=params))
+        for request in requests:
+            engine.add(request)
         num_tokens = 0
         while engine.has_work:
             num_tokens += sum(len(output.tokens) for output in engine.step())
@@ -76,29 +137,57 @@ def ours(folder: Path, prompts: torch.Tensor, options: argparse.Namespace) -> Ca
     return work
 
 
-def theirs(folder: Path, prompts: torch.Tensor, options: argparse.Namespace) -> Callable[[], int]:
+def theirs(kind: str, folder: Path, batch: Batch, options: argparse.Namespace) -> Callable[[], int]:
     """The same through transformers."""
+    torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = getattr(transformers, KINDS[kind][1]).from_pretrained(folder, dtype=dtype).eval()
     length = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+    inputs = batch.inputs(dtype)
 
     def work() -> int:
         with torch.inference_mode():
-            ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=2, **length)
-        return ids.numel() - prompts.numel()
+            model.generate(**inputs, do_sample=False, pad_token_id=2, **length)
+        return len(batch.ids) * options.new_tokens
 
     return work
 
 
-def rates(works: list[tuple[Callable[[], int], int]], repetitions: int) -> list[float]:
-    """Best tokens a second of each work, which torch gives so many threads; one round does not count."""
-    best = [0.0] * len(works)
+def serve(connection: Connection, make: Callable[..., Callable[[], int]], *args: Any) -> None:
+    """In a process of its own, so that neither side's threads are pinned or kept busy by the other's: a rate for each message."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    work = make(*args)
+    while True:
+        connection.send(None)
+        if connection.recv() is None:
+            return
+        start = time.perf_counter()
+        connection.send(work() / (time.perf_counter() - start))
+
+
+def rates(sides: list[tuple[Any, ...]], repetitions: int) -> list[float]:
+    """Best tokens a second of each side, which take turns; one round does not count."""
+    context = multiprocessing.get_context("spawn")
+    best = [0.0] * len(sides)
+    connections, processes = [], []
+    for side in sides:
+        ours_end, its_end = context.Pipe()
+        process = context.Process(target=serve, args=(its_end, *side))
+        process.start()
+        its_end.close()
+        ours_end.recv()  # the model is loaded
+        connections.append(ours_end)
+        processes.append(process)
     for number in range(repetitions + 1):
-        for index, (work, threads) in enumerate(works):
-            torch.set_num_threads(threads)
-            start = time.perf_counter()
-            rate = work() / (time.perf_counter() - start)
+        for index, connection in enumerate(connections):
+            connection.send("again")
+            rate = connection.recv()
+            connection.recv()
             best[index] = max(best[index], rate if number else 0.0)
+    for connection, process in zip(connections, processes, strict=True):
+        connection.send(None)
+        process.join()
     return best
 
 
@@ -122,17 +211,13 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             num_parameters = write(kind, folder)
-            chance = torch.Generator().manual_seed(1)
-            prompts = torch.randint(3, VOCABULARY, (options.batch, options.prompt_tokens), generator=chance)
-            works = [(ours(folder, prompts, options), 1), (theirs(folder, prompts, options), options.threads)]
-            own, other = rates(works, options.repetitions)
+            batch = Batch.random(kind, options.batch, options.prompt_tokens)
+            own, other = rates([(ours, folder, batch, options), (theirs, kind, folder, batch, options)], options.repetitions)
         row = f"| {kind} | {num_parameters / 1e6:.0f} M | {own:.1f} | {other:.1f} | {own / other:.2f} |"
         print(row, flush=True)
         if options.out:
             with options.out.open("a") as file:
                 file.write(json.dumps({"kind": kind, "tok_s": own, "transformers_tok_s": other}) + "\n")
-        del works
-        gc.collect()
     return 0
 
 
