@@ -1,5 +1,5 @@
 /* Attention over blocks, for prefill and decode alike. Who owns what: a unit is up to 64 rows (a row is one query in one head) of
- * one sequence and one key head; it walks over the tiles of 64 keys that any of its rows sees, rewrites a tile's keys and values once
+ * one sequence and one key head; it walks over the tiles of 64 keys that any of its rows sees, fetches a tile's keys and values once
  * for all of them (as floats or, at levels with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512
  * keys starts its softmax anew; splits are merged in ascending order. A row's bits depend only on its query and on the keys it sees:
  * each product is added to its own sum in the order of d or of j, four rows side by side in registers or one alone, and a key that a
@@ -31,23 +31,23 @@ template <class Numbers>
 void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scratch<Numbers> &scratch, States states) {
   states.clear(unit.rows, problem.padded);
   const Range needed = seen_by_unit(problem, unit), keys = common(needed, {split * kSplit, (split + 1) * kSplit});
-  const auto rows_of = [&](const lmi_tensor &cache, int64_t tile) { return TileRows(problem, cache, unit, tile, needed); };
-  const int64_t first = keys.first / kTile * kTile, row_bytes = problem.size * bytes_of(problem.args.k_cache.dtype);
-  TileRows key_rows = rows_of(problem.args.k_cache, first), value_rows = rows_of(problem.args.v_cache, first);
-  for (int64_t tile = first; tile < keys.last; tile += kTile) {
-    const TileRows next_keys = rows_of(problem.args.k_cache, tile + kTile), next_values = rows_of(problem.args.v_cache, tile + kTile);
-    next_keys.prefetch(row_bytes);
-    Numbers::read_keys(problem, key_rows, scratch);
-    next_values.prefetch(row_bytes);
-    Numbers::read_values(problem, value_rows, scratch);
-    key_rows = next_keys;
-    value_rows = next_values;
+  for (int64_t tile = keys.first / kTile * kTile; tile < keys.last; tile += kTile) {
+    const TileCache cache(problem, unit, tile, needed);
+    TileCache(problem, unit, tile + kTile, needed).prefetch(problem);
+    Numbers::read_keys(problem, cache.keys, scratch);
+    Numbers::read_values(problem, cache.values, scratch);
     int64_t row = 0;
     for (; row + kRegisterRows <= unit.rows; row += kRegisterRows) {
       attend_rows<Numbers, kRegisterRows>(problem, row, tile, scratch, states);
     }
     for (; row < unit.rows; ++row) attend_rows<Numbers, 1>(problem, row, tile, scratch, states);
   }
+}
+
+/* The first tile of a unit whose turn comes soon. */
+void prefetch_first(const Problem &problem, const Unit &unit) {
+  const Range needed = seen_by_unit(problem, unit);
+  TileCache(problem, unit, needed.first / kTile * kTile, needed).prefetch(problem);
 }
 
 void write_rows(const Problem &problem, const Unit &unit, const States &states) {
@@ -98,6 +98,7 @@ template <class Numbers>
 void attend_units(const Problem &problem, const Work &work) {
   share_out<Numbers>(problem, work, work.units.size(), [&](size_t job, Scratch<Numbers> &scratch) {
     const Unit &unit = work.units[job];
+    if (job >= static_cast<size_t>(num_threads())) prefetch_first(problem, work.units[job - static_cast<size_t>(num_threads())]);
     States total(scratch.total, work.unit_rows), part(scratch.part, work.unit_rows);
     total.clear(unit.rows, problem.padded);
     read_queries(problem, unit, scratch);

@@ -4,7 +4,7 @@
  * D filled up to a multiple of kPad,
  *   queries  [rows][padded / kTogether]     keys     [D / kTogether][64], transposed
  *   values   [64 / kTogether][padded]       weights  [4][64 / kTogether]
- *   read_query, read_keys, read_values      fill these; keys that are not there become 0, values anything: no row sees them
+ *   read_query, read_keys, read_values      fill these; keys and values that are not there become anything: no row sees them
  *   max_of(scores, max)                     the greatest of a row's scores and max
  *   weigh(scores, max, weights)             weights := exp(scores - max), scores are scratch; gives their sum
  *   score_rows<Rows>   scores[r,j] = sum_d queries[r,d] keys[d,j]                  d ascending
@@ -15,45 +15,6 @@
 
 namespace lmi::LMI_LEVEL {
 namespace {
-
-constexpr int kSquare = kLanes < 8 ? kLanes : 8;
-typedef float Line __attribute__((vector_size(4 * kSquare)));
-typedef int32_t Pattern __attribute__((vector_size(4 * kSquare)));
-
-/* Element i is element pattern[i] of a followed by b. */
-inline Line shuffle(Line a, Line b, Pattern pattern) {
-#if defined(__clang__)
-  Line out;
-  for (int i = 0; i < kSquare; ++i) out[i] = pattern[i] < kSquare ? a[pattern[i]] : b[pattern[i] - kSquare];
-  return out;
-#else
-  return __builtin_shuffle(a, b, pattern);
-#endif
-}
-
-/* to[i * to_stride + j] = from[j * from_stride + i] for i, j < kSquare: squares of 1, 2, 4 change places across the diagonal. In
- * registers, since element by element it would take longer than the arithmetic of a decode. */
-inline void transpose(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
-  Line lines[kSquare];
-  for (int i = 0; i < kSquare; ++i) std::memcpy(&lines[i], from + i * from_stride, sizeof(Line));
-#pragma GCC unroll 4
-  for (int width = 1; width < kSquare; width *= 2) {
-    Pattern upper = {}, lower = {};
-#pragma GCC unroll 8
-    for (int i = 0; i < kSquare; ++i) {
-      upper[i] = i & width ? kSquare + i - width : i;
-      lower[i] = i & width ? kSquare + i : i + width;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kSquare; ++i) {
-      if (i & width) continue;
-      const Line a = lines[i], b = lines[i + width];
-      lines[i] = shuffle(a, b, upper);
-      lines[i + width] = shuffle(a, b, lower);
-    }
-  }
-  for (int i = 0; i < kSquare; ++i) std::memcpy(to + i * to_stride, &lines[i], sizeof(Line));
-}
 
 /* Two registers of each row's sums: with four rows, what every level has room for. */
 template <int Rows>
@@ -104,29 +65,31 @@ float sum_of(const float *weights) {
 struct FloatNumbers {
   using Word = float;
   static constexpr int kTogether = 1;
-  static constexpr int64_t kFew = kSquare;
+  static constexpr int64_t kFew = 2;
 
   static void read_query(const void *q, int32_t dtype, int64_t size, float *to) { read_floats(q, dtype, size, to); }
 
-  static void read_keys(const Problem &problem, const TileRows &rows, Scratch<FloatNumbers> &scratch) {
-    for (int64_t j = 0; j < kTile; j += kSquare) {
-      for (int64_t i = 0; i < kSquare; ++i) {
-        float *row = scratch.few + i * problem.padded;
-        if (rows.of[j + i]) read_floats(rows.of[j + i], problem.args.k_cache.dtype, problem.size, row);
-        else std::fill_n(row, problem.size, 0.0f);
-      }
-      for (int64_t d = 0; d < problem.size; d += kSquare) {
-        transpose(scratch.few + d, problem.padded, scratch.keys + d * kTile + j, kTile);
+  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch) {
+    const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
+    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
+      float *to = scratch.keys + chunk * kChunk;
+      for (int64_t row = 0; chunks.of[chunk] && row < shape.rows; ++row, to += 2 * kTile) {
+        read_floats(chunks.of[chunk] + row * shape.stride, problem.args.k_cache.dtype, shape.numbers, scratch.few);
+        part(scratch.few, kChunk, to, to + kTile);
       }
     }
   }
 
-  static void read_values(const Problem &problem, const TileRows &rows, Scratch<FloatNumbers> &scratch) {
-    for (int64_t j = 0; j < kTile; ++j) {
-      if (!rows.of[j]) continue;
-      float *row = scratch.values + j * problem.padded;
-      read_floats(rows.of[j], problem.args.v_cache.dtype, problem.size, row);
-      std::fill(row + problem.size, row + problem.padded, 0.0f);
+  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch) {
+    const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
+    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
+      float *to = scratch.values + chunk * kChunk * problem.padded;
+      for (int64_t row = 0; chunks.of[chunk] && row < shape.rows; ++row, to += 2 * problem.padded) {
+        read_floats(chunks.of[chunk] + row * shape.stride, problem.args.v_cache.dtype, shape.numbers, scratch.few);
+        part(scratch.few, problem.size, to, to + problem.padded);
+        std::fill(to + problem.size, to + problem.padded, 0.0f);
+        std::fill(to + problem.padded + problem.size, to + 2 * problem.padded, 0.0f);
+      }
     }
   }
 
@@ -166,6 +129,15 @@ struct FloatNumbers {
       sums.read(so_far + d, padded);
       for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, values + j * padded + d);
       sums.write(so_far + d, padded);
+    }
+  }
+
+ private:
+  /* n pairs: the first of each to one place, the second to another. */
+  static void part(const float *pairs, int64_t n, float *firsts, float *seconds) {
+    for (int64_t i = 0; i < n; ++i) {
+      firsts[i] = pairs[2 * i];
+      seconds[i] = pairs[2 * i + 1];
     }
   }
 };

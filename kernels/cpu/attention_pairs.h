@@ -10,49 +10,16 @@
 namespace lmi::LMI_LEVEL {
 namespace {
 
-/* Lanes change places with registers: r[i][j] becomes r[j][i]. */
-inline void transpose_words(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) { /* r[i + k]: of registers i to i + 3, lanes k, k + 4, k + 8, k + 12 */
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    const __m512i even_low = _mm512_shuffle_i32x4(r[k], r[4 + k], 0x88), even_high = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(r[k], r[4 + k], 0xdd), odd_high = _mm512_shuffle_i32x4(r[8 + k], r[12 + k], 0xdd);
-    t[k] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    t[k + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    t[k + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    t[k + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
-/* A cache's row: of it 32 numbers from d on as bf16; those from `size` on, which may not be there, are 0. A row that is null is all 0. */
-struct HalfRow {
-  const char *data;
-  __m512i at(int64_t d, int64_t size) const {
-    return data ? _mm512_maskz_loadu_epi16(some(size - d), data + 2 * d) : _mm512_setzero_si512();
-  }
+/* 32 numbers of a cache as bf16; those from `num` on, which may not be there, are 0. */
+struct Halves {
+  static __m512i read(const char *from, int64_t num) { return _mm512_maskz_loadu_epi16(some(num), from); }
   static __mmask32 some(int64_t num) { return num >= 32 ? ~0u : (1u << num) - 1; }
 };
 
 /* The same of fp8: the exponent's base goes from 7 to 127, and what has none, 0 to 7 times 2^-9, is looked up. */
-struct ByteRow {
-  const char *data;
-  __m512i at(int64_t d, int64_t size) const {
-    if (!data) return _mm512_setzero_si512();
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(HalfRow::some(size - d), data + d));
+struct Bytes {
+  static __m512i read(const char *from, int64_t num) {
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(Halves::some(num), from));
     const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi16(0x7f)), sign = _mm512_slli_epi16(_mm512_srli_epi16(bytes, 7), 15);
     const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
     const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
@@ -70,14 +37,14 @@ struct PairNumbers {
 
   static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) { std::memcpy(to, q, static_cast<size_t>(2 * size)); }
 
-  static void read_keys(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<ByteRow>(problem, rows, scratch);
-    else read_keys_of<HalfRow>(problem, rows, scratch);
+  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<Bytes>(problem, chunks, scratch);
+    else read_keys_of<Halves>(problem, chunks, scratch);
   }
 
-  static void read_values(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<ByteRow>(problem, rows, scratch);
-    else read_values_of<HalfRow>(problem, rows, scratch);
+  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<Bytes>(problem, chunks, scratch);
+    else read_values_of<Halves>(problem, chunks, scratch);
   }
 
   static float max_of(const float *scores, float max) {
@@ -133,32 +100,30 @@ struct PairNumbers {
   }
 
  private:
-  template <class Row>
-  static void read_keys_of(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    for (int64_t d = 0; d < problem.size; d += 32) {
-      for (int64_t j = 0; j < kTile; j += 16) {
-        __m512i words[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) words[i] = Row{rows.of[j + i]}.at(d, problem.size);
-        transpose_words(words);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(scratch.keys + (d / 2 + i) * kTile + j, words[i]);
+  template <class Numbers>
+  static void read_keys_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+    const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
+    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
+      const char *from = chunks.of[chunk];
+      uint32_t *to = scratch.keys + chunk * kChunk;
+      for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += kTile) {
+        _mm512_storeu_si512(to, Numbers::read(from, shape.numbers));
       }
     }
   }
 
-  template <class Row>
-  static void read_values_of(const Problem &problem, const TileRows &rows, Scratch<PairNumbers> &scratch) {
-    alignas(64) uint16_t order[64]; /* of a pair of rows: number 0 of both, number 1 of both, and so on */
-    for (int i = 0; i < 64; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    const __m512i left = _mm512_load_si512(order), right = _mm512_load_si512(order + 32);
-    for (int64_t j = 0; j < kTile; j += 2) {
-      uint32_t *to = scratch.values + j / 2 * problem.padded;
-      for (int64_t d = 0; d < problem.size; d += 32) {
-        const __m512i first = Row{rows.of[j]}.at(d, problem.size);
-        const __m512i second = Row{rows.of[j + 1]}.at(d, problem.size);
-        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, left, second));
-        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(first, right, second));
+  template <class Numbers>
+  static void read_values_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+    const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
+    const int64_t bytes = bytes_of(problem.args.v_cache.dtype);
+    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
+      const char *from = chunks.of[chunk];
+      uint32_t *to = scratch.values + chunk * kChunk / 2 * problem.padded;
+      for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += problem.padded) {
+        for (int64_t i = 0; i < 2 * problem.padded; i += 32) {
+          const int64_t left = std::max<int64_t>(0, shape.numbers - i);
+          _mm512_storeu_si512(to + i / 2, Numbers::read(from + i * bytes, left));
+        }
       }
     }
   }

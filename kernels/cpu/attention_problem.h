@@ -6,6 +6,7 @@
 
 #include "common/arguments.h"
 #include "common/rows.h"
+#include "cpu/cache_order.h"
 
 namespace lmi::LMI_LEVEL {
 namespace {
@@ -106,6 +107,8 @@ void check_table(const Problem &problem, int64_t sequence) {
 /* Checks the arguments and looks at them; throws LMI_BAD_ARGUMENT. */
 Problem problem_of(const lmi_attention_args &args) {
   check_arguments(args);
+  check_order("k_cache", args.k_cache);
+  check_order("v_cache", args.v_cache);
   check_starts("starts", args.starts, args.q.size[0]);
   const int64_t size = args.q.size[2], kv_heads = args.k_cache.size[1];
   const bool is_scaled = args.k_cache.dtype == LMI_F8E4M3;

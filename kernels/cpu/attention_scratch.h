@@ -63,7 +63,7 @@ struct Scratch {
   const int64_t row_words; /* of a query */
   Row about[kUnitRows];
   Word *queries, *keys, *values, *weights;
-  float *few, *scores, *part, *total; /* some keys on their way, four rows' scores [4][64], two units' states */
+  float *few, *scores, *part, *total; /* some numbers on their way, four rows' scores [4][64], two units' states */
 
   Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
     const int64_t padded = problem.padded, states = States::floats(unit_rows, padded);
@@ -80,28 +80,43 @@ struct Scratch {
   }
 };
 
-/* Where a tile's keys or values lie; null outside of `needed`. */
-struct TileRows {
-  const char *of[kTile];
+/* Where a tile's keys or values lie, by chunks; null where no row of the unit sees any. */
+struct TileChunks {
+  static constexpr int64_t kChunks = kTile / kChunk;
+  const char *of[kChunks] = {};
 
-  TileRows(const Problem &problem, const lmi_tensor &cache, const Unit &unit, int64_t tile, Range needed) {
-    std::fill_n(of, kTile, nullptr);
+  TileChunks(const Problem &problem, const lmi_tensor &cache, const Unit &unit, int64_t tile, Range needed,
+             char *(*begin)(const lmi_tensor &, int64_t, int64_t, int64_t)) {
     const int32_t *table = integers(problem.args.tables) + unit.sequence * problem.args.tables.stride[0];
-    const Range keys = common(needed, {tile, tile + kTile});
-    const int64_t step = cache.stride[2] * bytes_of(cache.dtype);
-    for (int64_t key = keys.first; key < keys.last;) {
-      const int64_t block = key / problem.block_size, place = key - block * problem.block_size;
-      const int64_t end = std::min(keys.last, (block + 1) * problem.block_size);
-      const char *row = static_cast<const char *>(at(cache, table[block], unit.head, place));
-      for (; key < end; ++key, row += step) of[key - tile] = row;
+    for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+      const int64_t key = tile + chunk * kChunk;
+      if (common({key, key + kChunk}, needed).is_empty()) continue;
+      of[chunk] = begin(cache, table[key / problem.block_size], unit.head, key % problem.block_size);
     }
   }
 
   /* Before they are used: blocks lie anywhere in memory, and waiting for them would take most of a decode. */
-  void prefetch(int64_t num_bytes) const {
-    for (const char *row : of) {
-      for (int64_t byte = 0; row && byte < num_bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  void prefetch(const ChunkShape &shape, int64_t num_bytes) const {
+    for (const char *chunk : of) {
+      for (int64_t row = 0; chunk && row < shape.rows; ++row) {
+        for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(chunk + row * shape.stride + byte, 0, 2);
+      }
     }
+  }
+};
+
+/* Both of a tile. */
+struct TileCache {
+  TileChunks keys, values;
+
+  TileCache(const Problem &problem, const Unit &unit, int64_t tile, Range needed)
+      : keys(problem, problem.args.k_cache, unit, tile, needed, chunk_of_keys),
+        values(problem, problem.args.v_cache, unit, tile, needed, chunk_of_values) {}
+
+  void prefetch(const Problem &problem) const {
+    const ChunkShape shapes[] = {ChunkShape::of_keys(problem.args.k_cache), ChunkShape::of_values(problem.args.v_cache)};
+    keys.prefetch(shapes[0], shapes[0].numbers * bytes_of(problem.args.k_cache.dtype));
+    values.prefetch(shapes[1], shapes[1].numbers * bytes_of(problem.args.v_cache.dtype));
   }
 };
 

@@ -1,8 +1,7 @@
 /* Rotary embedding of q and k in place, and the write of k and v into their cache slots. A token belongs to one thread. */
-#include <cstring>
-
 #include "common/arguments.h"
 #include "common/rows.h"
+#include "cpu/cache_order.h"
 
 namespace lmi::LMI_LEVEL {
 namespace {
@@ -28,26 +27,40 @@ void rotate_heads(const lmi_rotary_args &args, const lmi_tensor &x, int64_t toke
   }
 }
 
-/* x / scale in the cache's dtype. */
-void write_scaled(const lmi_tensor &cache, void *to, const lmi_tensor &x, const void *from, float scale, float *head) {
-  read_floats(from, x.dtype, x.size[2], head);
-  for (int64_t d = 0; d < x.size[2]; ++d) head[d] /= scale;
-  write_floats(head, cache.dtype, x.size[2], to);
+enum class Kind { kKey, kValue };
+
+template <Kind kind, class Number>
+void put(const lmi_tensor &cache, int64_t block, int64_t head, int64_t place, const void *from) {
+  const Number *numbers = static_cast<const Number *>(from);
+  if (kind == Kind::kKey) put_key(cache, block, head, place, numbers);
+  else put_value(cache, block, head, place, numbers);
 }
 
-void write_slot(const lmi_tensor &cache, const lmi_tensor &x, float scale, int64_t token, int64_t slot, float *head) {
-  const int64_t block = slot / cache.size[2], place = slot % cache.size[2];
-  const size_t num_bytes = static_cast<size_t>(x.size[2] * bytes_of(x.dtype));
+/* The token's heads, in the cache's dtype: fp8 holds x / scale. */
+template <Kind kind>
+void write_slot(const lmi_tensor &cache, const lmi_tensor &x, float scale, int64_t token, int64_t slot, float *scratch) {
+  const int64_t block = slot / cache.size[2], place = slot % cache.size[2], size = x.size[2];
   for (int64_t h = 0; h < x.size[1]; ++h) {
-    void *const to = at(cache, block, h, place);
-    if (cache.dtype == x.dtype) std::memcpy(to, at(x, token, h), num_bytes);
-    else write_scaled(cache, to, x, at(x, token, h), scale, head);
+    const void *from = at(x, token, h);
+    if (cache.dtype != x.dtype) {
+      read_floats(from, x.dtype, size, scratch);
+      for (int64_t d = 0; d < size; ++d) scratch[d] /= scale;
+      write_floats(scratch, cache.dtype, size, scratch + size);
+      from = scratch + size;
+    }
+    switch (bytes_of(cache.dtype)) {
+      case 1: put<kind, uint8_t>(cache, block, h, place, from); break;
+      case 2: put<kind, uint16_t>(cache, block, h, place, from); break;
+      default: put<kind, uint32_t>(cache, block, h, place, from);
+    }
   }
 }
 
-/* What the integers hold. */
-void check_integers(const lmi_rotary_args &args) {
+/* What the integers hold, and how the caches lie. */
+void check_values(const lmi_rotary_args &args) {
   if (is_given(args.cos)) check_entries("an entry of rows", args.rows, 0, args.cos.size[0] - 1);
+  if (is_given(args.k)) check_order("k_cache", args.k_cache);
+  if (is_given(args.k)) check_order("v_cache", args.v_cache);
   if (is_given(args.k)) check_entries("an entry of slots", args.slots, INT32_MIN, args.k_cache.size[0] * args.k_cache.size[2] - 1);
 }
 
@@ -55,18 +68,18 @@ void check_integers(const lmi_rotary_args &args) {
 
 void rotary(const lmi_rotary_args &args) {
   check_arguments(args);
-  check_integers(args);
+  check_values(args);
   const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
   const int64_t heads = (is_given(args.q) ? args.q.size[1] : 0) + (is_given(args.k) ? 2 * args.k.size[1] : 0);
   parallel_for(one.size[0], rows_a_share(heads * one.size[2]), [&](int64_t begin, int64_t end) {
-    Floats head(one.size[2]);
+    Floats head(2 * one.size[2]);
     for (int64_t t = begin; t < end; ++t) {
       if (is_given(args.cos) && is_given(args.q)) rotate_heads(args, args.q, t, head);
       if (is_given(args.cos) && is_given(args.k)) rotate_heads(args, args.k, t, head);
       const int64_t slot = is_given(args.k) ? integers(args.slots)[t] : -1;
       if (slot < 0) continue;
-      write_slot(args.k_cache, args.k, args.k_scale, t, slot, head);
-      write_slot(args.v_cache, args.v, args.v_scale, t, slot, head);
+      write_slot<Kind::kKey>(args.k_cache, args.k, args.k_scale, t, slot, head);
+      write_slot<Kind::kValue>(args.v_cache, args.v, args.v_scale, t, slot, head);
     }
   });
 }

@@ -80,6 +80,11 @@ typedef struct {
 } lmi_layer_norm_args;
 LMI_API lmi_status lmi_layer_norm(const lmi_layer_norm_args *args, lmi_stream stream);
 
+/* ---- caches of keys and values ---- */
+
+/* [N,K,P,D] everywhere below. On a CPU the P x D numbers of a block and head lie in the order in which attention multiplies them, keys as
+ * [D/2][P][2], values as [P/2][D][2]: P is a multiple of 16, and only the strides of N and K are free. */
+
 /* ---- rotary embedding fused with the cache write ---- */
 
 /* For each token t, with r = rows[t] and the first `2*half` entries of each head of q and k (half = cos.size[1]):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_order import InOrder
 from mirrored import Mirrored
 
 from lmi_dist import ops
@@ -78,16 +79,25 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     path = library_path(request.config, column)
     if column == "cuda" or option(request.config, "mirrored"):
         monkeypatch.setitem(columns._libraries, path, mirrored(path, columns.DEVICES[column]))
+    elif column == "cpu":
+        monkeypatch.setitem(columns._libraries, path, in_order(path))
     with ops.using(column, threads, path=path, level=level) as opened:
         assert opened is not None
         yield opened
 
 
 @pytest.fixture(params=["cpu", "torch"])
-def column(request: pytest.FixtureRequest) -> Iterator[str]:
+def column(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Either column, chosen: for what both must refuse in the same words."""
-    with ops.using(request.param, 2, path=library_path(request.config)):
+    path = library_path(request.config)
+    monkeypatch.setitem(columns._libraries, path, in_order(path))
+    with ops.using(request.param, 2, path=path):
         yield request.param
+
+
+@cache
+def in_order(path: Path) -> InOrder:
+    return InOrder(path)
 
 
 @cache

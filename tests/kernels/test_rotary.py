@@ -147,9 +147,10 @@ def test_kernel_takes_the_nearest_number_of_fp8(library: Library, dtype: torch.d
 
 def write(rotary: Callable[..., None], x: Tensor) -> Tensor:
     """uint8: what an fp8 cache holds of the numbers in x."""
-    num_tokens = -(-len(x) // 256)
+    num_blocks = -(-len(x) // (BLOCK * 256))
+    num_tokens = num_blocks * BLOCK
     k = torch.nn.functional.pad(x, (0, num_tokens * 256 - len(x))).view(num_tokens, 1, 256)
-    caches = [torch.zeros(num_tokens, 1, 1, 256, dtype=FP8) for _ in range(2)]
+    caches = [torch.zeros(num_blocks, 1, BLOCK, 256, dtype=FP8) for _ in range(2)]
     rotary(None, k, k, None, None, None, *caches, torch.arange(num_tokens, dtype=torch.int32))
     assert same_bits(*caches)
     return caches[0].view(torch.uint8).flatten()[: len(x)]
