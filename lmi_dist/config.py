@@ -35,6 +35,9 @@ class EngineConfig(BaseModel):
     tensor_parallel_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the model, one process each")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
     kernels: Literal["auto", "cpu", "torch", "sim"] = Field(default="auto", description="which column of operations is used")
+    enforce_eager: bool = Field(
+        default=False, description="run every step from Python; else decode steps are recorded and replayed"
+    )
     cpu_threads: int | None = Field(default=None, ge=1, le=256, description="threads of the CPU kernels a rank; unset: all CPUs")
     max_model_len: int | None = Field(default=None, ge=1, description="prompt and answer together, in tokens")
     max_batch_size: int = Field(default=256, ge=1, le=65536, description="sequences that run at the same time")

@@ -27,10 +27,12 @@ ENGINE_LEVELS = (
     ("blocks", "images", "weights"),
     ("kv_cache", "sequence"),
     ("batch",),
+    ("decode_batch",),
     ("scheduler", "quant", "lora", "sampler", "text"),
     ("layers",),
     ("models",),
-    ("admission", "answers", "runner", "setup"),
+    ("admission", "answers", "recorded", "setup"),
+    ("runner",),
     ("engine", "follower"),
     ("__init__",),
 )

@@ -44,7 +44,7 @@ class Option:
 ENGINE = {
     "model_id": "model", "revision": "revision", "tokenizer": "tokenizer", "trust_remote_code": "trust_remote_code",
     "dtype": "dtype", "quantize": "quantize", "tensor_parallel_degree": "tensor_parallel_degree", "device": "device",
-    "kernels": "kernels", "cpu_threads": "cpu_threads", "max_model_len": "max_model_len",
+    "kernels": "kernels", "enforce_eager": "enforce_eager", "cpu_threads": "cpu_threads", "max_model_len": "max_model_len",
     "max_rolling_batch_size": "max_batch_size", "max_rolling_batch_prefill_tokens": "max_prefill_tokens",
     "prefill_chunk_tokens": "prefill_chunk_tokens", "enable_chunked_prefill": "enable_chunked_prefill",
     "enable_prefix_caching": "enable_prefix_caching", "kv_cache_memory_bytes": "kv_cache_memory_bytes",
@@ -128,7 +128,6 @@ IGNORED = {
     "option.device_map": "tensor_parallel_degree decides where weights lie",
     "option.low_cpu_mem_usage": "weights are always memory-mapped",
     "option.disable_flash_attn": "our own kernels are used",
-    "option.enforce_eager": "the CPU has no graphs to leave out",
     "option.waiting_steps": "new requests never wait for a number of steps",
     "option.stop_sequence": "it never had an effect under rolling batch; use the request's stop_sequences",
     "option.speculative_telemetry": "nothing is sent anywhere",

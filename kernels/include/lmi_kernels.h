@@ -249,6 +249,17 @@ typedef struct {
 } lmi_logprobs_args;
 LMI_API lmi_status lmi_logprobs(const lmi_logprobs_args *args, lmi_stream stream);
 
+/* ---- a recorded forward ---- */
+
+/* One call: the address of a function above or below that takes an argument struct, and the struct. */
+typedef struct {
+  void *operation, *args;
+} lmi_call;
+
+/* Runs the calls in order, up to the first that does not return LMI_OK, and returns what the last one did. Structs and all that they point
+ * to are read anew each time. */
+LMI_API lmi_status lmi_replay(const lmi_call *calls, int64_t num_calls, lmi_stream stream);
+
 /* ---- between the ranks of one machine ---- */
 
 /* One rank's view of a segment of shared memory, lmi_link_bytes(size) long, that all ranks have mapped; zeros at first. Rank r holds the

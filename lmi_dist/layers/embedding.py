@@ -42,6 +42,11 @@ class Positions:
         return ops.embedding(batch.positions, self.table, first_id=-self.offset)
 
 
+def output_rows(x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """The rows of x [T,E] whose logits are wanted: [R,E]."""
+    return ops.embedding(batch.output_rows, x)
+
+
 class Head:
     """Logits of the wanted rows only, in fp32: the sampler compares them, and bf16 would make ties. Each rank works out its part
     of the vocabulary, rank 0 gets all."""

@@ -6,7 +6,7 @@ import torch
 
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ModelConfig
-from lmi_dist.layers.embedding import Embedding, Head
+from lmi_dist.layers.embedding import Embedding, Head, output_rows
 from lmi_dist.layers.rotary import Rotary
 from lmi_dist.weights import Weights
 
@@ -27,7 +27,7 @@ class Decoder:
         x = self.embed(batch)
         for layer in self.layers:
             x = layer(x, batch)
-        return self.score(x[batch.output_rows], batch)
+        return self.score(output_rows(x, batch), batch)
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
         """[T,E]"""

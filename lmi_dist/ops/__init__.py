@@ -9,6 +9,7 @@ from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_exper
 from lmi_dist.ops.lora import lora
 from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
+from lmi_dist.ops.record import Arena, Recorder, Recording
 from lmi_dist.ops.rotary import rotary
 from lmi_dist.ops.sampling import logprobs, penalize, sample
 from lmi_dist.ops.segment import Segment
@@ -16,7 +17,10 @@ from lmi_dist.ops.segment import Segment
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Arena",
     "PackedWeight",
+    "Recorder",
+    "Recording",
     "Routing",
     "Segment",
     "activation",

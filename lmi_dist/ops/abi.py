@@ -7,10 +7,12 @@ names; a status other than LMI_OK becomes a KernelError with the library's sente
 import ctypes
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -108,8 +110,16 @@ class Operation:
     (None: a tensor). Fields of nested structs are flat."""
 
     function: Callable[..., int]
+    address: int | None
     args_type: type[ctypes.Structure]
     places: Mapping[str, tuple[int, struct.Struct | None]]
+
+
+class Call(NamedTuple):
+    """One call of an operation, as lmi_call holds it."""
+
+    operation: int | None  # the function's address
+    args: ctypes.Structure
 
 
 class Library:
@@ -147,7 +157,14 @@ class Library:
                 self._write_tensor(args, offset, field, value)
             elif value is not None and number is not None:
                 number.pack_into(args, offset, value)
-        self.check(operation.function(args, torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None))
+        self.check(operation.function(args, self.stream()))
+        watcher = _watchers.get(threading.get_ident()) if _watchers else None
+        if watcher is not None:
+            watcher(self, Call(operation.address, args), [value for value in fields.values() if isinstance(value, torch.Tensor)])
+
+    def stream(self) -> int | None:
+        """Where calls go: on a CUDA device torch's current stream."""
+        return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
 
     def check(self, status: int) -> None:
         """Raises KernelError unless status is LMI_OK; RankError where another rank is the cause."""
@@ -178,7 +195,9 @@ class Library:
 
     def _operation(self, name: str) -> Operation:
         args_type = self.header.structs[f"{name}_args"]
-        return Operation(self._functions[name], args_type, dict(self._places(args_type, 0)))
+        function = self._functions[name]
+        address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]  # a ctypes function is one
+        return Operation(function, address, args_type, dict(self._places(args_type, 0)))
 
     def _places(self, kind: Any, start: int) -> Iterator[tuple[str, tuple[int, struct.Struct | None]]]:
         for field, inner in kind._fields_:
@@ -189,6 +208,20 @@ class Library:
                 yield from self._places(inner, offset)
             else:
                 yield field, (offset, struct.Struct(inner._type_))
+
+
+Watcher = Callable[[Library, Call, Sequence[torch.Tensor]], None]
+_watchers: dict[int, Watcher] = {}  # by thread
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Within a `with`: tell of each call that this thread has made through Library.call, with the tensors that were given to it."""
+    _watchers[threading.get_ident()] = watcher
+    try:
+        yield
+    finally:
+        del _watchers[threading.get_ident()]
 
 
 def _bind(library: ctypes.CDLL, name: str, result: Any, parameters: list[Any]) -> Callable[..., Any]:

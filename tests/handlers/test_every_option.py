@@ -20,6 +20,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.tensor_parallel_degree": ("max", 1),
     "option.device": ("cpu", "cpu"),
     "option.kernels": ("torch", "torch"),
+    "option.enforce_eager": ("true", True),
     "option.cpu_threads": ("3", 3),
     "option.max_model_len": ("77", 77),
     "option.max_rolling_batch_size": ("32", 32),

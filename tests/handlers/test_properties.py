@@ -469,12 +469,12 @@ def test_worker_refuses_by_name(properties_given: Mapping[str, object], message:
 
 
 def test_table_tells_value_and_origin() -> None:
-    rows = {key: rest for key, *rest in with_env(OPTION_MAX_MODEL_LEN="64", OPTION_ENFORCE_EAGER="true").table()}
+    rows = {key: rest for key, *rest in with_env(OPTION_MAX_MODEL_LEN="64", OPTION_DISABLE_FLASH_ATTN="true").table()}
 
     assert rows["option.max_model_len"] == ["64", "OPTION_MAX_MODEL_LEN"]
     assert rows["option.dtype"] == ["auto", "default"]
     assert rows["option.revision"] == ["unset", "default"]
-    assert rows["option.enforce_eager"] == ["true", "OPTION_ENFORCE_EAGER; no effect: the CPU has no graphs to leave out"]
+    assert rows["option.disable_flash_attn"] == ["true", "OPTION_DISABLE_FLASH_ATTN; no effect: our own kernels are used"]
 
 
 @pytest.mark.parametrize("option", UNBUILT, ids=lambda row: row.key)

@@ -82,7 +82,7 @@ def _choose(chunk: Chunk, logits: Any, courses: dict[int, Course]) -> list[int]:
     assert wants_token(chunk)
     assert chunk.num_outputs == 1
     row = next(logits)
-    courses[chunk.sequence].logits.append(row)
+    courses[chunk.sequence].logits.append(row.clone())  # the next step may overwrite it
     courses[chunk.sequence].ids.append(int(row.argmax()))
     return courses[chunk.sequence].ids[-1:]
 
