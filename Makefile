@@ -52,9 +52,11 @@ $(STAMPS)/base: .ci/constraints.txt
 
 # Editable: Python sources are used where they are; this builds the kernels, too. Once all is installed, a change of the kernels
 # costs only their build.
-# The CUDA column takes a minute to build: here only where there is a GPU (LMI_CUDA=ON: always; a wheel: wherever there is nvcc).
+# The CUDA column takes a minute to build: here only where there is a GPU (LMI_CUDA=ON: always; a wheel: wherever there is nvcc), and for
+# sm_90a alone unless LMI_CUDA_ARCHITECTURES says otherwise, as CMake names them, or `release` for all.
 LMI_CUDA ?= $(if $(wildcard /dev/nvidia0),ON,OFF)
-INSTALL := $(PIP) --no-build-isolation --config-settings=cmake.define.LMI_CUDA=$(LMI_CUDA) --editable
+INSTALL := $(PIP) --no-build-isolation --config-settings=cmake.define.LMI_CUDA=$(LMI_CUDA) \
+  $(if $(LMI_CUDA_ARCHITECTURES),--config-settings=cmake.define.LMI_CUDA_ARCHITECTURES=$(LMI_CUDA_ARCHITECTURES)) --editable
 
 $(STAMPS)/dev: $(STAMPS)/base pyproject.toml
 	$(INSTALL) '.[dev]'

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmi_dist.errors import (
     CheckpointError,
     ConfigError,
+    DeviceError,
     KernelError,
     LmiError,
     MemoryPlanError,
@@ -54,6 +55,7 @@ __all__ = [
     "BLOCK_SIZE",
     "CheckpointError",
     "ConfigError",
+    "DeviceError",
     "Engine",
     "EngineConfig",
     "EngineStats",

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import NamedTuple
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from lmi_dist.kv_cache import KVCache
 from lmi_dist.plan import Chunk, Encode, Plan
 
 Ints = NDArray[np.int32]
+ALIGN = 64  # ints, as torch aligns what it allocates: our kernels look at 16 bytes at once
 
 
 class Rope(NamedTuple):
@@ -48,7 +49,7 @@ class ForwardBatch:
 def build(plan: Plan, cache: KVCache, features: Mapping[bytes, torch.Tensor] | None = None) -> ForwardBatch:
     """The tensors of a plan's decodes and chunks, in that order. `features`: those of its images [tokens,E], by digest."""
     batch = _build(plan.rows, cache)
-    return replace(batch, images=_images(plan.rows, batch.starts, features)) if features else batch
+    return replace(batch, images=_images(plan.rows, features)) if features else batch
 
 
 def build_encoder(encodes: Sequence[Encode], cache: KVCache) -> ForwardBatch:
@@ -65,20 +66,37 @@ def _build(chunks: Sequence[Chunk], cache: KVCache) -> ForwardBatch:
     firsts = _ints([chunk.start for chunk in chunks])
     positions = np.arange(len(owners)) + (firsts - starts[:-1])[owners]
     prompt_lengths = _ints([chunk.prompt_length for chunk in chunks])
-    return ForwardBatch(
-        ids=_tensor(np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int32)),
-        positions=_tensor(positions),
-        rope_lengths=_tensor(np.maximum(prompt_lengths[owners], positions + 1)),
-        slots=_tensor(tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE),
-        starts=_tensor(starts),
-        key_lengths=_tensor(firsts + lengths),
-        tables=_tensor(tables),
-        output_rows=_tensor(_output_rows(chunks, starts)),
-        cross_lengths=_tensor(cross_lengths) if cross_lengths.any() else None,
-        cross_tables=_tensor(_tables([chunk.cross_table for chunk in chunks])) if cross_lengths.any() else None,
-        adapters=_adapters(chunks, owners),
-        cache=cache,
-    )
+    arrays = {
+        "ids": np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int32),
+        "positions": positions,
+        "rope_lengths": np.maximum(prompt_lengths[owners], positions + 1),
+        "slots": tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+        "starts": starts,
+        "key_lengths": firsts + lengths,
+        "tables": tables,
+        "output_rows": _output_rows(chunks, starts),
+    }
+    if cross_lengths.any():
+        arrays |= {"cross_lengths": cross_lengths, "cross_tables": _tables([chunk.cross_table for chunk in chunks])}
+    adapters = _ints([chunk.adapter for chunk in chunks])
+    if (adapters >= 0).any():
+        arrays["adapters"] = adapters[owners]
+    return ForwardBatch(cache=cache, **cast(dict[str, Any], to_device(arrays, cache.device)))
+
+
+def to_device(arrays: Mapping[str, NDArray[np.int_] | Ints], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as int32 tensors on the device. To a GPU they go in one copy, from pinned memory, which does not wait for it."""
+    ints = {name: array.astype(np.int32, copy=False) for name, array in arrays.items()}
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in ints.items()}
+    *starts, num_ints = accumulate((-(-array.size // ALIGN) * ALIGN for array in ints.values()), initial=0)
+    staged = torch.empty(num_ints, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    for start, array in zip(starts, ints.values(), strict=True):
+        staged[start : start + array.size] = torch.from_numpy(array.reshape(-1))
+    there = staged.to(device, non_blocking=True)
+    return {
+        name: there[start : start + array.size].view(array.shape) for start, (name, array) in zip(starts, ints.items(), strict=True)
+    }
 
 
 def _tables(rows: Sequence[tuple[int, ...]]) -> Ints:
@@ -95,21 +113,11 @@ def _output_rows(chunks: Sequence[Chunk], starts: NDArray[np.int_]) -> NDArray[n
     return np.concatenate(wanted) if wanted else np.empty(0, np.int_)
 
 
-def _adapters(chunks: Sequence[Chunk], owners: NDArray[np.int_]) -> torch.Tensor | None:
-    slots = _ints([chunk.adapter for chunk in chunks])
-    return None if (slots < 0).all() else _tensor(slots[owners])
-
-
-def _images(
-    chunks: Sequence[Chunk], starts: torch.Tensor, features: Mapping[bytes, torch.Tensor]
-) -> tuple[tuple[int, torch.Tensor], ...]:
-    spans = [(begin - chunk.start, span) for chunk, begin in zip(chunks, starts.tolist(), strict=False) for span in chunk.spans]
+def _images(chunks: Sequence[Chunk], features: Mapping[bytes, torch.Tensor]) -> tuple[tuple[int, torch.Tensor], ...]:
+    begins = accumulate((len(chunk.token_ids) for chunk in chunks), initial=0)
+    spans = [(begin - chunk.start, span) for chunk, begin in zip(chunks, begins, strict=False) for span in chunk.spans]
     return tuple([(o + s.start, features[s.digest][s.first_row : s.first_row + s.num_rows]) for o, s in spans])
 
 
 def _ints(values: list[int]) -> Ints:
     return np.array(values, np.int32)
-
-
-def _tensor(values: NDArray[np.int_] | Ints) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32, copy=False))

@@ -33,8 +33,12 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(default="auto", description="of weights, activations and cache")
     quantize: str | None = Field(default=None, description="weight format, if the checkpoint does not say it")
     tensor_parallel_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the model, one process each")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
-    kernels: Literal["auto", "cpu", "torch", "sim"] = Field(default="auto", description="which column of operations is used")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the model runs; auto: on GPUs if they can be used"
+    )
+    kernels: Literal["auto", "cpu", "cuda", "torch", "sim"] = Field(
+        default="auto", description="which column of operations is used; auto: the device's"
+    )
     enforce_eager: bool = Field(
         default=False, description="run every step from Python; else decode steps are recorded and replayed"
     )
@@ -78,8 +82,6 @@ class EngineConfig(BaseModel):
     def _built(self) -> "EngineConfig":
         if self.quantize is not None:
             raise ValueError(f"quantize={self.quantize} is known but not built yet; leave it out and give an unquantized model")
-        if self.device == "cuda":
-            raise ValueError("device=cuda is known but not built yet; use cpu or auto")
         return self
 
     @model_validator(mode="after")
@@ -88,6 +90,12 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"prefill_chunk_tokens={self.prefill_chunk_tokens} contradicts enable_chunked_prefill=false; leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _on_one_device(self) -> "EngineConfig":
+        if self.device != "auto" and self.kernels != "auto" and (self.device == "cuda") != (self.kernels == "cuda"):
+            raise ValueError(f"kernels={self.kernels} does not run on device={self.device}; leave one of them out")
         return self
 
     @classmethod

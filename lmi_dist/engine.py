@@ -5,16 +5,19 @@ Not thread-safe: one thread calls everything, and it is the caller's business wh
 
 import logging
 import secrets
+import tempfile
 import time
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
 from torch import Tensor
 
 from lmi_dist.admission import Admission
 from lmi_dist.answers import Candidate, Job
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
-from lmi_dist.errors import OverloadedError, RequestError, StepError
+from lmi_dist.errors import DeviceError, OverloadedError, RequestError, StepError
+from lmi_dist.fitting import before_fitting, fit_pool, is_measured, largest_plan
 from lmi_dist.images import ImageReader, VisionConfig
 from lmi_dist.link import Link
 from lmi_dist.meeting import connect
@@ -25,7 +28,7 @@ from lmi_dist.runner import Runner
 from lmi_dist.sampler import Choice, Row, Sampler
 from lmi_dist.scheduler import Scheduler, wants_token
 from lmi_dist.sequence import Sequence
-from lmi_dist.setup import explain, load_tokenizer
+from lmi_dist.setup import Explanation, explain, load_tokenizer
 from lmi_dist.text import TextDecoder
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class EngineStats:
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
-    lazy_bytes: int  # of the KV pool and working memory, on all ranks: the system hands them out as they are used
+    lazy_bytes: int  # of the KV pool and working memory, on all ranks: the system hands them out as they are used; 0 on GPUs
 
 
 class Engine:
@@ -64,7 +67,10 @@ class Engine:
     def __init__(self, config: EngineConfig, link: Link | None = None) -> None:
         self._link = link or connect(config.tensor_parallel_degree, Ranks())
         with self._link.together():
-            self._load(config)
+            setup = self._load(config)
+        if is_measured(setup):
+            with self._link.together(), setup.device.judging():
+                self._fit(setup)
         self._sampler = Sampler()
         self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
         self._jobs: dict[str, Job] = {}
@@ -73,8 +79,8 @@ class Engine:
         self._num_failed_steps = self._num_failed_in_a_row = self._num_aborted = self._num_begun = 0
         self._step_seconds = self._waiting_seconds = 0.0
 
-    def _load(self, config: EngineConfig) -> None:
-        """Everything that may fail."""
+    def _load(self, config: EngineConfig) -> Explanation:
+        """Everything that may fail, but for a GPU's KV pool."""
         setup = explain(config)
         for line in setup.lines:
             logger.info("%s", line)
@@ -87,8 +93,22 @@ class Engine:
         self._admission = Admission(self.config, self.model, self.max_model_len, self._text, images)
         eos = self.tokenizer.eos_token_id
         self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
-        self._link.share_setup({"config": self.config.model_dump(mode="json"), "available_bytes": setup.available_bytes})
-        self._runner = Runner(self.config, self.model, self.memory, self._link)
+        with tempfile.TemporaryDirectory(prefix="lmi-dist-") as folder:
+            store = Path(folder) / "store"  # where the ranks' GPUs find each other
+            told = {"config": self.config.model_dump(mode="json"), "available_bytes": setup.available_bytes, "store": str(store)}
+            self._link.share_setup(told)
+            if setup.device.type == "cuda":
+                self._link.join_gpus(store, setup.device.place)
+        with setup.device.judging():
+            self._runner = Runner(self.config, self.model, before_fitting(setup), self._link, setup.device)
+        return setup
+
+    def _fit(self, setup: Explanation) -> None:
+        """Take the KV pool that the GPUs have room for now."""
+        plan = largest_plan(setup)
+        self._link.publish(plan)
+        self.memory = fit_pool(setup, self._runner, plan, self._link)
+        self.config = self.config.model_copy(update={"kv_cache_memory_bytes": self.memory.pool_bytes})
 
     # ---- the four verbs ----
 
@@ -110,7 +130,8 @@ class Engine:
             self._start(candidate)
 
     def step(self) -> list[Output]:
-        """One forward of what is due. A failed one ends the requests that were in it with StepError; the others go on."""
+        """One forward of what is due. A failed one ends the requests that were in it with StepError; the others go on.
+        Raises DeviceError when the GPU is lost: this process must end, and another can begin."""
         started = time.perf_counter()
         plan = self._scheduler.plan()
         if plan.is_empty:
@@ -178,8 +199,13 @@ class Engine:
             num_preemptions=scheduler.preemptions,
             num_prefix_query_tokens=scheduler.prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
-            lazy_bytes=(self.memory.pool_bytes + self.memory.working_bytes) * self._link.ranks.size,
+            lazy_bytes=0 if self.config.device == "cuda" else self._planned_bytes * self._link.ranks.size,
         )
+
+    @property
+    def _planned_bytes(self) -> int:
+        """Beside the weights, on one rank."""
+        return self.memory.pool_bytes + self.memory.working_bytes
 
     def close(self) -> None:
         """Drop all requests, the weights and the KV pool, and let the followers end. Nothing may be called after it."""
@@ -279,7 +305,10 @@ class Engine:
         return [output for candidate in running for output in self._send(candidate, candidate.end(reason, error))]
 
     def _fail(self, plan: Plan, cause: Exception) -> list[Output]:
-        """Undo the plan and end every request that had a part in it."""
+        """Undo the plan and end every request that had a part in it. Raises DeviceError if no step can work any more."""
+        cause = self._runner.device.judge(cause)
+        if isinstance(cause, DeviceError):
+            raise cause
         logger.error("step %d failed; its requests end, the others go on", plan.step, exc_info=cause)
         self._scheduler.drop(plan)
         self._num_failed_steps += 1

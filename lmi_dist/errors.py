@@ -46,5 +46,9 @@ class RankError(LmiError):
     """Another rank of the model has ended, or could not go on with the step."""
 
 
+class DeviceError(LmiError):
+    """A GPU fails every call from now on in this process, which must end; a new one may find it well."""
+
+
 class KernelError(LmiError):
     """A kernel refused its arguments or failed: a promise of ours was broken."""

@@ -63,6 +63,17 @@ class VisionConfig:
             return _middle(height, int(round(size[0] * (width / size[1]), 7))), slice(0, width)
         return slice(0, height), _middle(width, int(round(size[1] * (height / size[0]), 7)))
 
+    @property
+    def max_tiles(self) -> int:
+        """Tiles that an image may be cut into, the one that shows it whole among them."""
+        return 1 + max((height * width // self.tile**2 for height, width in self.pinpoints), default=0)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that an image may take, and no fewer."""
+        sizes = [(height // self.tile * self.side, width // self.tile * self.side) for height, width in self.pinpoints]
+        return self.side * self.side + self.has_class + max((height * (width + 1) for height, width in sizes), default=0)
+
     def num_tokens(self, size: tuple[int, int]) -> int:
         """Tokens of an image of this height and width."""
         num_tokens = self.side * self.side + self.has_class

@@ -13,6 +13,7 @@ import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from lmi_dist.errors import MemoryPlanError
+from lmi_dist.images import VisionConfig
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
@@ -37,6 +38,7 @@ class MemoryPlan:
     weights_bytes: int
     working_bytes: int
     block_bytes: int
+    graph_bytes: int = 0  # of recorded decode steps on a GPU, which keep their tensors
     num_blocks: int
     arithmetic: tuple[str, ...]
 
@@ -47,7 +49,7 @@ class MemoryPlan:
     @property
     def planned_bytes(self) -> int:
         """All that the model takes once its pool is in full use."""
-        return self.weights_bytes + self.working_bytes + self.pool_bytes
+        return self.weights_bytes + self.working_bytes + self.graph_bytes + self.pool_bytes
 
     @property
     def left_bytes(self) -> int:
@@ -64,6 +66,26 @@ class MemoryPlan:
         return TORCH_DTYPES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a GPU's memory was found to hold once the weights were there and the largest step had run, in bytes."""
+
+    weights_bytes: int
+    working_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """A GPU's memory in bytes, and what of it nobody held before this process took any."""
+
+    total_bytes: int
+    free_bytes: int
+
+    def share(self, utilization: float) -> int:
+        """What this process may take."""
+        return min(int(self.total_bytes * utilization), self.free_bytes)
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values, each [N,K,P,D]."""
 
@@ -75,17 +97,19 @@ class KVCache:
     """The pool's tensors, one LayerCache a layer. Slot s of the plan is block s // P, place s % P. Who may write a block is the
     block pool's business (blocks.py); here are only the bytes, which the system hands out when they are first written."""
 
-    def __init__(self, memory: MemoryPlan, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, memory: MemoryPlan, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device | None = None
+    ) -> None:
         shape = (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
-        self.layers = [LayerCache(_zeros(shape, memory), _zeros(shape, memory)) for _ in range(num_layers)]
+        self.device = device or torch.device("cpu")
+        self.layers = [LayerCache(*(self._zeros(shape, memory) for _ in "kv")) for _ in range(num_layers)]
 
     @property
     def size_bytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
-
-def _zeros(shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
-    return torch.zeros(shape, dtype=memory.torch_dtype)
+    def _zeros(self, shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
+        return torch.zeros(shape, dtype=memory.torch_dtype, device=self.device)
 
 
 def plan_memory(
@@ -95,21 +119,28 @@ def plan_memory(
     available_bytes: int,
     *,
     cpu_flags: frozenset[str] | None = None,
+    gpu: GpuMemory | None = None,
+    measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Divide this rank's part of `available_bytes`, less reserved_memory_mb, among weights, KV pool and working memory. An unset
-    pool is the smaller of a quarter of it and what max_batch_size sequences of max_model_len tokens need, but room for one such
-    sequence at least. Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than the model can do or
-    the ranks cannot share its heads."""
-    dtype = resolve_dtype(config.dtype, model.dtype, read_cpu_flags() if cpu_flags is None else cpu_flags)
+    """Divide this rank's part of `available_bytes`, less reserved_memory_mb, among weights, KV pool and working memory. With
+    `gpu` it is that GPU's share by gpu_memory_utilization, and `measured` tells what is estimated else. An unset pool is the
+    smaller of a quarter of it (on a GPU: all that is left) and what max_batch_size sequences of max_model_len tokens need, but
+    room for one such sequence at least. Raises MemoryPlanError with the arithmetic, ConfigError when max_model_len is more than
+    the model can do or the ranks cannot share its heads."""
+    cpu_flags = read_cpu_flags() if cpu_flags is None else cpu_flags
+    dtype = resolve_dtype(config.dtype, model.dtype, cpu_flags) if gpu is None else gpu_dtype(config.dtype, model.dtype)
     length = model.model_len(config.max_model_len)
-    available_bytes = max(0, available_bytes - (config.reserved_memory_mb << 20)) // config.tensor_parallel_degree
-    demand = _Demand(config, model, checkpoint, dtype, length, available_bytes)
+    num_sharing = config.tensor_parallel_degree if gpu is None else 1
+    share = available_bytes if gpu is None else gpu.share(config.gpu_memory_utilization)
+    available_bytes = max(0, share - (config.reserved_memory_mb << 20)) // num_sharing
+    demand = _Demand(config, model, checkpoint, dtype, length, available_bytes, gpu, measured)
     plan = MemoryPlan(
         dtype=dtype,
         max_model_len=length,
         available_bytes=available_bytes,
         weights_bytes=demand.weights_bytes,
         working_bytes=demand.working_bytes,
+        graph_bytes=demand.graph_bytes,
         block_bytes=demand.block_bytes,
         num_blocks=demand.num_blocks,
         arithmetic=demand.lines(),
@@ -122,14 +153,24 @@ class _Demand:
     """The arithmetic of one plan, each figure under its name."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dtype: Dtype, length: int, available_bytes: int
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        checkpoint: Checkpoint,
+        dtype: Dtype,
+        length: int,
+        available_bytes: int,
+        gpu: GpuMemory | None,
+        measured: Measured | None,
     ) -> None:
+        self.gpu, self.measured = gpu, measured
         self.config, self.model, self.dtype, self.length, self.available_bytes = config, model, dtype, length, available_bytes
         self.item_bytes = TORCH_DTYPES[dtype].itemsize
         self.num_ranks = config.tensor_parallel_degree
         self.heads = Heads.share(Ranks(0, self.num_ranks), model.num_heads, model.num_kv_heads, model.head_dim)
-        self.weights_bytes = self.item_bytes * self._num_weights(checkpoint)
-        self.working_bytes = self._working_bytes()
+        self.weights_bytes = measured.weights_bytes if measured else self.item_bytes * self._num_weights(checkpoint)
+        self.working_bytes = (measured.working_bytes if measured else self._working_bytes()) + self._vision_bytes()
+        self.graph_bytes = self._step_bytes(config.max_batch_size, config.max_batch_size) if gpu else 0
         self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.item_bytes
         self.blocks_of_one = -(-length // BLOCK_SIZE) * (2 if model.is_encoder_decoder else 1)  # each end may be so long
         self.num_blocks = self._num_blocks()
@@ -147,41 +188,70 @@ class _Demand:
 
     def _working_bytes(self) -> int:
         """The tensors of a step: of one layer at the longest prompt chunk, and the logits of a full batch and of prompts."""
+        tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
+        tokens = max(tokens, self.length) if self.model.is_encoder_decoder else tokens  # an encoder's input is not cut
+        return self._step_bytes(tokens, self.config.max_batch_size + min(MAX_PROMPT_ROWS, tokens))
+
+    def _step_bytes(self, tokens: int, rows: int) -> int:
+        """Of so many tokens, and so many rows of logits."""
         model = self.model
         feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
         feed_forward *= model.keys.integer("num_experts_per_tok", default=1)
         heads = 2 * (len(self.heads.query) + len(self.heads.key)) * model.head_dim
-        tokens = min(self.config.max_prefill_tokens, self.length * self.config.max_batch_size)
-        tokens = max(tokens, self.length) if model.is_encoder_decoder else tokens  # an encoder's input is not cut
         per_token = (4 * model.hidden_size + heads + feed_forward // self.num_ranks) * self.item_bytes
-        rows = self.config.max_batch_size + min(MAX_PROMPT_ROWS, tokens)
         return tokens * per_token + rows * model.vocab_size * 4
+
+    def _vision_bytes(self) -> int:
+        """An image's pixels, what the vision tower makes of one tile in a layer, and of all tiles in those that are looked at,
+        twice the features of an image while they are put together, and those of a prompt's other images."""
+        vision = VisionConfig.read(self.model.keys)
+        if vision is None:
+            return 0
+        keys = self.model.keys.section("vision_config")
+        hidden, heads = keys.integer("hidden_size", default=1024), keys.integer("num_attention_heads", default=16)
+        feed_forward, patches = keys.integer("intermediate_size", default=4096), vision.side**2 + 1
+        depths = len(self.model.keys.integers("vision_feature_layer") or (-2,))
+        pixels = vision.max_tiles * 3 * vision.tile**2 * 4
+        layer = patches * (6 * hidden + feed_forward) + heads * patches**2
+        features = (self.config.max_images + 1) * vision.max_tokens * self.model.hidden_size
+        seen = vision.max_tiles * patches * (depths * hidden + 2 * self.model.hidden_size)
+        return pixels + (layer + seen + features) * self.item_bytes
 
     def _num_blocks(self) -> int:
         if self.config.kv_cache_memory_bytes is not None:
             return self.config.kv_cache_memory_bytes // self.block_bytes
-        free = self.available_bytes - self.weights_bytes - self.working_bytes
+        free = self.available_bytes - self.weights_bytes - self.working_bytes - self.graph_bytes
+        usual = free if self.gpu else self.available_bytes // DEFAULT_SHARE
         most = self.config.max_batch_size * self.blocks_of_one
-        return max(
-            self.blocks_of_one, min(self.available_bytes // DEFAULT_SHARE // self.block_bytes, free // self.block_bytes, most)
-        )
+        return max(self.blocks_of_one, min(usual // self.block_bytes, free // self.block_bytes, most))
 
     def lines(self) -> tuple[str, ...]:
         pool = self.num_blocks * self.block_bytes
-        rest = self.available_bytes - self.weights_bytes - self.working_bytes - pool
+        rest = self.available_bytes - self.weights_bytes - self.working_bytes - self.graph_bytes - pool
+        found = "measured" if self.measured else "estimated"
         model, reserved = self.model, self.config.reserved_memory_mb
         return (
             f"available memory {_gb(self.available_bytes)}"
             + (" a rank" if self.num_ranks > 1 else "")
+            + self._of_gpu()
             + (f" beside {reserved} MiB reserved" if reserved else ""),
-            f"weights {_gb(self.weights_bytes)} in {self.dtype}",
-            f"working memory {_gb(self.working_bytes)} for {self.config.max_prefill_tokens} prompt tokens a step",
+            f"weights {_gb(self.weights_bytes)} in {self.dtype}" + (f", {found}" if self.gpu else ""),
+            f"working memory {_gb(self.working_bytes)} for {self.config.max_prefill_tokens} prompt tokens a step"
+            + (f", {found}" if self.gpu else "")
+            + (f", {_gb(vision)} of it for images" if (vision := self._vision_bytes()) else ""),
+            *([f"recorded decode steps {_gb(self.graph_bytes)}"] if self.gpu else []),
             f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {len(self.heads.key)} heads x {BLOCK_SIZE} tokens"
             f" x {model.head_dim} x {self.item_bytes} bytes",
             f"KV pool {_gb(pool)} = {self.num_blocks} blocks = {self.num_blocks * BLOCK_SIZE} tokens"
             f" = {self.num_blocks // self.blocks_of_one} sequences of max_model_len={self.length}",
             f"left {_gb(rest)}",
         )
+
+    def _of_gpu(self) -> str:
+        if self.gpu is None:
+            return ""
+        share = self.config.gpu_memory_utilization
+        return f" of a GPU's {_gb(self.gpu.total_bytes)}, {_gb(self.gpu.free_bytes)} free, gpu_memory_utilization={share:g}"
 
     def check(self) -> None:
         told = "; ".join(self.lines())
@@ -191,9 +261,11 @@ class _Demand:
                 f"max_model_len={self.length}, which needs {self.blocks_of_one * self.block_bytes} bytes; "
                 f"raise it or lower max_model_len ({told})"
             )
-        if self.weights_bytes + self.working_bytes + self.num_blocks * self.block_bytes > self.available_bytes:
+        planned = self.weights_bytes + self.working_bytes + self.graph_bytes + self.num_blocks * self.block_bytes
+        if planned > self.available_bytes:
+            of_gpu = "raise gpu_memory_utilization or tensor_parallel_degree, " if self.gpu else ""
             raise MemoryPlanError(
-                f"the model does not fit the memory; lower max_model_len, kv_cache_memory_bytes or max_prefill_tokens, "
+                f"the model does not fit the memory; lower max_model_len, kv_cache_memory_bytes or max_prefill_tokens, {of_gpu}"
                 f"set dtype=bf16 or take a machine with more memory ({told})"
             )
 
@@ -212,6 +284,11 @@ def resolve_dtype(wanted: Literal["auto", "fp32", "fp16", "bf16"], checkpoint: D
     if dtype != checkpoint:
         logger.info("the checkpoint is %s, the model runs in %s (dtype=%s)", checkpoint, dtype, wanted)
     return dtype
+
+
+def gpu_dtype(wanted: Literal["auto", "fp32", "fp16", "bf16"], checkpoint: Dtype) -> Dtype:
+    """The dtype to run in on a GPU: what is wanted, else the checkpoint's."""
+    return checkpoint if wanted == "auto" else wanted
 
 
 def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

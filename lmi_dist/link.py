@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ class Link:
         return x
 
     def drop(self, error: Exception) -> None:
-        """This rank cannot finish the step: the others leave it too and wait for the next plan."""
+        """This rank cannot finish the step: the others leave it too and wait for the next plan. On GPUs they cannot leave it, and
+        DeviceError is raised: all ranks must end."""
+
+    def join_gpus(self, store: Path, place: torch.device, backend: str = "nccl") -> None:
+        """From now on tensors lie on GPUs, this rank's on `place`. store: see DeviceGroup. Raises RankError."""
 
     # ---- around steps, on rank 0 ----
 

@@ -10,12 +10,14 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmi_dist import errors
-from lmi_dist.errors import LmiError, RankError
+from lmi_dist.device_group import DeviceGroup
+from lmi_dist.errors import DeviceError, LmiError, RankError
 from lmi_dist.link import Link
 from lmi_dist.ops import Segment
 from lmi_dist.parallel import Ranks
@@ -34,16 +36,25 @@ class _LocalLink(Link):
     def __init__(self, ranks: Ranks, segment: Segment) -> None:
         super().__init__(ranks)
         self._segment = segment
+        self._tensors: Segment | DeviceGroup = segment  # what carries them
+
+    def join_gpus(self, store: Path, place: torch.device, backend: str = "nccl") -> None:
+        self._tensors = DeviceGroup(self.ranks, store, place, backend)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return self._segment.all_reduce(x)
+        return self._tensors.all_reduce(x)
 
     def gather(self, x: torch.Tensor, num_columns: int) -> torch.Tensor:
         parts = [self.ranks.slice(num_columns, "num_columns", rank) for rank in range(self.ranks.size)]
-        return self._segment.gather(x, [part.stop - part.start for part in parts])
+        return self._tensors.gather(x, [part.stop - part.start for part in parts])
 
     def drop(self, error: Exception) -> None:
         self._segment.drop(f"{type(error).__name__}: {error}")
+        if self._tensors is not self._segment:
+            raise DeviceError(
+                f"rank {self.ranks.rank} has failed in a step in which the GPUs of the others wait for it, so that all end and "
+                f"are started again: {error}"
+            ) from error
 
 
 class LeaderLink(_LocalLink):

@@ -12,12 +12,13 @@ import torch
 from lmi_dist import ops, quant
 from lmi_dist.batch import build, build_encoder
 from lmi_dist.config import EngineConfig, ModelConfig
+from lmi_dist.device import CPU, Device
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.link import Link
 from lmi_dist.models import EncoderDecoder, Model, VisionModel, model_class
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import Plan
-from lmi_dist.recorded import recorded_decodes
+from lmi_dist.recorded import RecordedDecodes, recorded_decodes
 from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
 
 logger = logging.getLogger(__name__)
@@ -26,23 +27,39 @@ logger = logging.getLogger(__name__)
 class Runner:
     """One rank's model with its cache."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, link: Link | None = None) -> None:
-        """Load the weights. Raises CheckpointError before the first byte is read if the files are not what `model` promises,
-        ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, link: Link | None = None, device: Device = CPU
+    ) -> None:
+        """Load the weights to `device`. Raises CheckpointError before the first byte is read if the files are not what `model`
+        promises, ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
         self._link = link = link or Link()
+        self.device = device
+        device.use()
+        self.free_before = device.free_bytes() if device.type == "cuda" else 0  # of this rank's GPU, in bytes
         take_cpus(link.ranks)
         self._num_threads = config.cpu_threads or len(os.sched_getaffinity(0))
         self._features: dict[bytes, torch.Tensor] = {}  # [tokens,E] of images, by digest
-        _share_cpus(ops.select(config.kernels, config.cpu_threads), self._num_threads)
+        _share_cpus(
+            ops.select(device.column if config.kernels == "auto" else config.kernels, config.cpu_threads), self._num_threads
+        )
         checkpoint = Checkpoint(model.folder)
         kind = quant.format_of(model, config.quantize)
-        inventory = Inventory(checkpoint, memory.torch_dtype, link, kind)
+        inventory = Inventory(checkpoint, memory.torch_dtype, link, kind, device=device.place)
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
-        self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes)
+        self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes, device)
         heads = Heads.share(link.ranks, model.num_heads, model.num_kv_heads, model.head_dim)
         self.window = model.window  # for the scheduler: older keys are not looked at
-        self.cache = KVCache(memory, model.num_layers, len(heads.key), model.head_dim)
-        self.decodes = recorded_decodes(self.model, self.cache, config, model, memory)
+        self._settings = config, model
+        self._cache_shape = model.num_layers, len(heads.key), model.head_dim
+        self.allocate(memory)
+
+    def allocate(self, memory: MemoryPlan) -> None:
+        """Take a pool of memory.num_blocks blocks in place of the one there is."""
+        vars(self).pop("cache", None)  # the old one goes first
+        self.cache = KVCache(memory, *self._cache_shape, self.device.place)
+        self.decodes: RecordedDecodes | None = None
+        if self.device.type == "cpu":  # a recording on a GPU is a graph's business
+            self.decodes = recorded_decodes(self.model, self.cache, *self._settings, memory)
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> torch.Tensor:
@@ -72,10 +89,12 @@ class Runner:
         return self.model.cache_regime(prompt_length)
 
 
-def _load(model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, link: Link, kind: str, num_bytes: int) -> Model:
+def _load(
+    model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, link: Link, kind: str, num_bytes: int, device: Device
+) -> Model:
     started = time.monotonic()
     with Progress(f"loading {model.folder.name}", num_bytes) as progress, torch.inference_mode():
-        weights = Weights(checkpoint, memory.torch_dtype, link, kind, advance=progress.advance)
+        weights = Weights(checkpoint, memory.torch_dtype, link, kind, device=device.place, advance=progress.advance)
         built = model_class(model.architecture)(model, weights, memory.max_model_len)
     seconds = time.monotonic() - started
     logger.info("%s: %.2f GB in %.1f s as %s", model.architecture, checkpoint.size_bytes / 1e9, seconds, memory.dtype)

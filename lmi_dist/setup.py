@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from lmi_dist import ops
 from lmi_dist.config import EngineConfig, ModelConfig
+from lmi_dist.device import Device, choose_device
 from lmi_dist.errors import CheckpointError
-from lmi_dist.kv_cache import MemoryPlan, available_memory, plan_memory
+from lmi_dist.kv_cache import GpuMemory, MemoryPlan, available_memory, plan_memory
 from lmi_dist.models import read_config
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.weights import Checkpoint, fetch
@@ -19,7 +20,7 @@ from lmi_dist.weights import Checkpoint, fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-CPU_PREFILL_CHUNK_TOKENS = 512
+PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,9 @@ class Explanation:
     config: EngineConfig
     model: ModelConfig
     memory: MemoryPlan
+    device: Device
     kernels: str
-    available_bytes: int  # that the plan was made from, on the whole machine
+    available_bytes: int  # that the plan was made from, on the whole machine; or of a GPU's memory
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -42,6 +44,7 @@ class Explanation:
             f"{model.max_position} positions, checkpoint in {model.dtype}",
             *self._ranks,
             *self.memory.arithmetic,
+            f"device {self.device.type} ({self.device.reason})",
             f"kernels {self.kernels}",
         )
 
@@ -54,26 +57,31 @@ class Explanation:
         return (f"{degree} ranks, each with {len(heads.query)} heads, {len(heads.key)} key heads, and what follows",)
 
 
-def explain(config: EngineConfig, *, available_bytes: int | None = None) -> Explanation:
+def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: int = 0) -> Explanation:
     """What an engine of this configuration would do, given so much free memory (unset: what is free now). Reads config.json and
     the headers of the weights, loads none. Raises ConfigError, CheckpointError or MemoryPlanError, as the engine would."""
     folder = fetch(config.model, config.revision)
+    device = choose_device(config, rank)
+    device.use()
     model = read_config(folder)
     threads = config.cpu_threads or max(1, usable_cpus() // config.tensor_parallel_degree)
-    kernels = ops.select(config.kernels, threads)
-    available_bytes = available_memory() if available_bytes is None else available_bytes
-    memory = plan_memory(config, model, Checkpoint(folder), available_bytes)
+    kernels = ops.select(device.column if config.kernels == "auto" else config.kernels, threads)
+    if available_bytes is None:
+        available_bytes = available_memory() if device.type == "cpu" else device.free_bytes()
+    gpu = GpuMemory(device.total_bytes(), available_bytes) if device.type == "cuda" else None
+    memory = plan_memory(config, model, Checkpoint(folder), available_bytes, gpu=gpu)
+    pool_bytes = memory.pool_bytes if gpu is None else config.kv_cache_memory_bytes  # of a GPU's, what is left is measured
     choices = {
         "dtype": memory.dtype,
-        "device": "cpu",
+        "device": device.type,
         "kernels": ops.chosen().name,
         "cpu_threads": threads,
         "max_model_len": memory.max_model_len,
-        "prefill_chunk_tokens": config.prefill_chunk_tokens or CPU_PREFILL_CHUNK_TOKENS,
-        "kv_cache_memory_bytes": memory.num_blocks * memory.block_bytes,
+        "prefill_chunk_tokens": config.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[device.type],
+        "kv_cache_memory_bytes": pool_bytes,
     }
     chosen = config.model_copy(update=choices)
-    return Explanation(config=chosen, model=model, memory=memory, kernels=kernels, available_bytes=available_bytes)
+    return Explanation(config=chosen, model=model, memory=memory, device=device, kernels=kernels, available_bytes=available_bytes)
 
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBase":

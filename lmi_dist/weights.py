@@ -109,12 +109,14 @@ class Weights:
         link: Link,
         kind: str = "unquantized",
         *,
+        device: torch.device | None = None,
         advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         self.checkpoint, self.dtype, self.link = checkpoint, dtype, link
         self.format = kind  # a row of quant's table
+        self.device = device or torch.device("cpu")  # where everything comes to lie
         self._advance = advance
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._buffer = torch.empty(0, dtype=dtype, device="cpu")
 
     @property
     def ranks(self) -> Ranks:
@@ -125,7 +127,7 @@ class Weights:
 
     def tensor(self, name: str, shape: tuple[int, ...], rows: slice = WHOLE) -> torch.Tensor:
         """Rows [rows] of a tensor that must have `shape`, in memory of our own. Raises CheckpointError."""
-        out = torch.empty((len(range(shape[0])[rows]), *shape[1:]), dtype=self.dtype)
+        out = torch.empty((len(range(shape[0])[rows]), *shape[1:]), dtype=self.dtype, device=self.device)
         for row, piece in self.pieces(name, shape, rows):
             out[row : row + len(piece)] = piece
         return out
@@ -150,8 +152,16 @@ class Weights:
         for first in range(mine.start, mine.stop, step):
             part = slice(first, min(first + step, mine.stop))
             read = self.checkpoint.read(name, columns, part).T if transposed else self.checkpoint.read(name, part, columns)
-            yield first - mine.start, self._converted(read)
+            yield first - mine.start, self._placed(read)
             self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
+
+    def _placed(self, piece: torch.Tensor) -> torch.Tensor:
+        """On the device, in the model's dtype. To a GPU it goes from pinned memory, which torch uses again once the copy is
+        done, and the next piece is read meanwhile."""
+        if self.device.type != "cuda":
+            return self._converted(piece).to(self.device)
+        staged = torch.empty(piece.shape, dtype=self.dtype, device="cpu", pin_memory=True)
+        return staged.copy_(piece).to(self.device, non_blocking=True)
 
     def _converted(self, piece: torch.Tensor) -> torch.Tensor:
         """In the model's dtype, row by row: in one buffer for all, since thousands of short-lived ones would leave the heap full
@@ -159,7 +169,7 @@ class Weights:
         if piece.dtype == self.dtype and piece.stride(-1) == 1:
             return piece
         if piece.numel() > self._buffer.numel():
-            self._buffer = torch.empty(piece.numel(), dtype=self.dtype)
+            self._buffer = torch.empty(piece.numel(), dtype=self.dtype, device="cpu")
         return self._buffer[: piece.numel()].view(piece.shape).copy_(piece)
 
 
@@ -167,7 +177,7 @@ class Renamed(Weights):
     """A part of a checkpoint for a model that calls it otherwise: what it asks for as `name` is `rename(name)` in the whole."""
 
     def __init__(self, whole: Weights, rename: Callable[[str], str]) -> None:
-        super().__init__(whole.checkpoint, whole.dtype, whole.link, whole.format)
+        super().__init__(whole.checkpoint, whole.dtype, whole.link, whole.format, device=whole.device)
         self._whole, self._rename = whole, rename
 
     def has(self, name: str) -> bool:
@@ -189,8 +199,16 @@ class Inventory(Weights):
     """Weights that read nothing. A model built from it, and thrown away, tells all that the checkpoint lacks before the first
     byte is loaded: see `verify`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, link: Link, kind: str = "unquantized") -> None:
-        super().__init__(checkpoint, dtype, link, kind)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        link: Link,
+        kind: str = "unquantized",
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(checkpoint, dtype, link, kind, device=device)
         self.num_bytes = 0  # that building the model reads; a tied embedding is read twice
         self._asked: set[str] = set()
         self._missing: dict[str, None] = {}  # each once, in the order in which they were asked for

@@ -21,7 +21,8 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 ENGINE_LEVELS = (
     ("errors", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
-    ("link", "plan_stream"),
+    ("device", "link", "plan_stream"),
+    ("device_group",),
     ("local_link",),
     ("meeting",),
     ("blocks", "images", "weights"),
@@ -33,6 +34,7 @@ ENGINE_LEVELS = (
     ("models",),
     ("admission", "answers", "recorded", "setup"),
     ("runner",),
+    ("fitting",),
     ("engine", "follower"),
     ("__init__",),
 )

@@ -8,11 +8,12 @@ A message between ranks is one letter and what it announces: `w` a whole reply, 
 import asyncio
 import io
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lmi_dist import Follower, FollowerLink, Link, RankError
+from lmi_dist import DeviceError, Follower, FollowerLink, Link, RankError
 from lmi_dist_handler.formatter import sentence
 from lmi_dist_handler.served import Answer, Served
 from lmi_dist_handler.wire import Codec, Input, Output, read
@@ -83,6 +84,9 @@ class Following:
             follower.run()
         except RankError as error:
             logger.error("this rank follows no more: %s", error)
+        except DeviceError as error:  # the launcher ends the others with this one, and the host starts all anew
+            logger.critical("this rank ends: %s", error)
+            os._exit(1)
 
     async def answer(self, inputs: Input, *, is_async: bool) -> Answer:
         kind, data = await self._next()

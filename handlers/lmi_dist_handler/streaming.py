@@ -6,6 +6,7 @@ happens in the engine's thread between two steps, for at most ADMIT_TIME_S at a 
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lmi_dist import LmiError, StepError
+from lmi_dist import DeviceError, LmiError, StepError
 from lmi_dist_handler import requests, responses
 from lmi_dist_handler.formatter import UnavailableError
 from lmi_dist_handler.model_py import NONE, Functions
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PARSE_INLINE_BYTES = 32 * 1024
 ADMIT_TIME_S = 0.05
+LAST_WORDS_S = 1.0  # to send the answers that tell of a lost GPU
 IMAGE_READERS = 2  # requests whose images are read at the same time
 MAX_PIECE = 4 * 1024 * 1024  # characters of one frame: at most 16 MiB of UTF-8, below DJL's 20 MiB for a content value
 
@@ -46,8 +48,9 @@ Sink = Callable[[Any], None]  # takes an engine output, or the exception that en
 class EngineThread:
     """Owns the engine: builds it, steps it while there is work, sleeps otherwise. Its methods are for the loop's thread."""
 
-    def __init__(self, build: Callable[[], "Engine"]) -> None:
-        self._build = build
+    def __init__(self, build: Callable[[], "Engine"], end: Callable[[], object] = lambda: os._exit(1)) -> None:
+        """end: ends this process, whose host then starts another."""
+        self._build, self._end = build, end
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}  # by request id; touched only by the engine's thread
         self._busy_since: float | None = None
@@ -101,6 +104,8 @@ class EngineThread:
             while not self._commands.empty():
                 self._commands.get()(engine)
             self._deliver([(sink, error) for sink in self._sinks.values()])
+            if isinstance(error, DeviceError):  # a new process may find the GPU well; this one answers first
+                self._loop.call_soon_threadsafe(lambda: self._loop.call_later(LAST_WORDS_S, self._end))
 
     def _take(self, engine: "Engine") -> None:
         """Run the commands that wait. Sleeps for one when the engine has nothing to do."""
@@ -117,6 +122,8 @@ class EngineThread:
             return
         try:
             outputs = engine.step()
+        except DeviceError:
+            raise
         except Exception as error:  # of failed forwards step() tells itself; what it raises fails all that runs
             logger.exception("a step failed")
             engine.reset()

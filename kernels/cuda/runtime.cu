@@ -49,7 +49,9 @@ bool has_sm90a() {
 }
 
 Scratch::Scratch(size_t num_bytes, cudaStream_t stream) : stream_(stream) {
-  if (num_bytes > 0) check_cuda(cudaMallocAsync(&data_, num_bytes, stream), "memory for scratch");
+  if (num_bytes > 0) {
+    check_cuda(cudaMallocAsync(&data_, num_bytes, stream), (std::to_string(num_bytes) + " bytes for scratch").c_str());
+  }
 }
 
 Scratch::~Scratch() {

@@ -56,7 +56,7 @@ class SelfAttention:
                 layer,
                 heads,
                 window=config.windows[layer],
-                alibi=None if alibi is None else alibi[heads.query.start : heads.query.stop],
+                alibi=None if alibi is None else alibi[heads.query.start : heads.query.stop].to(weights.device),
                 **options,
             ),
             Linear.load(
@@ -149,6 +149,6 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> torch.Tensor:
     """Slopes of attention with linear biases, fp32 [H]: 2^(-max_bias i / n) for n heads; where n is no power of two, every other
     one of the next power's, then what lies between (Press et al. 2022, and their code for the other numbers)."""
     power = 1 << (num_heads - 1).bit_length()
-    slopes = 2.0 ** (-max_bias / power * torch.arange(1, power + 1, dtype=torch.float64))
+    slopes = 2.0 ** (-max_bias / power * torch.arange(1, power + 1, dtype=torch.float64, device="cpu"))
     ordered = slopes if power == num_heads else torch.cat((slopes[1::2], slopes[::2]))
     return ordered[:num_heads].float()

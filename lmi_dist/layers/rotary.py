@@ -16,6 +16,8 @@ from lmi_dist.batch import ForwardBatch, Rope
 from lmi_dist.config import BLOCK_SIZE, RopeConfig
 from lmi_dist.errors import ConfigError
 
+CPU = torch.device("cpu")
+
 
 class Rotary(Protocol):
     """Gives a batch its angles, once a step. `regime` names prompts whose cached keys are alike: keys of equal tokens at equal
@@ -32,31 +34,30 @@ class Angles(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
 
+    def to(self, device: torch.device) -> "Angles":
+        return Angles(self.cos.to(device), self.sin.to(device))
 
-def rotary(rope: RopeConfig, head_dim: int, num_positions: int) -> Rotary:
-    """The rotary embedding that config.json asks for, for positions below `num_positions`."""
+
+def rotary(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device = CPU) -> Rotary:
+    """The rotary embedding that config.json asks for, for positions below `num_positions` of batches on the device. Angles are
+    worked out on the CPU, so that their bits are the same everywhere."""
     dim = int(head_dim * rope.partial)
     if rope.type == "dynamic":
         return DynamicRotary(rope, dim)
     if rope.type == "longrope":
-        return LongRotary(rope, dim, num_positions)
-    if rope.type == "yarn":
-        return StaticRotary(yarn(rope, dim), num_positions, yarn_scale(rope))
-    if rope.type == "llama3":
-        return StaticRotary(llama3(rope, dim), num_positions)
-    if rope.type == "linear":
-        return StaticRotary(linear(rope, dim), num_positions)
-    return StaticRotary(default(rope.theta, dim), num_positions)
+        return LongRotary(rope, dim, num_positions, device)
+    scale = yarn_scale(rope) if rope.type == "yarn" else 1.0
+    return StaticRotary(angles(torch.arange(num_positions), FREQUENCIES[rope.type](rope, dim), scale).to(device))
 
 
 class StaticRotary:
     """Angles that depend on the position alone: one table, row p for position p."""
 
-    def __init__(self, inv_freq: torch.Tensor, num_positions: int, scale: float = 1.0) -> None:
-        self.cos, self.sin = angles(torch.arange(num_positions), inv_freq, scale)
+    def __init__(self, table: Angles) -> None:
+        self.table = table
 
     def __call__(self, batch: ForwardBatch) -> ForwardBatch:
-        return replace(batch, rope=Rope(self.cos, self.sin, batch.positions))
+        return replace(batch, rope=Rope(*self.table, batch.positions))
 
     def regime(self, prompt_length: int) -> str:
         return ""
@@ -65,17 +66,17 @@ class StaticRotary:
 class LongRotary:
     """Two sets of frequencies, for lengths up to the original maximum and above: two tables, one after the other."""
 
-    def __init__(self, rope: RopeConfig, dim: int, num_positions: int) -> None:
+    def __init__(self, rope: RopeConfig, dim: int, num_positions: int, device: torch.device) -> None:
         self.original = rope.original_max_position
         scale = longrope_scale(rope)
         short = angles(torch.arange(min(self.original, num_positions)), longrope(rope, dim, rope.short_factor), scale)
         long = angles(torch.arange(num_positions), longrope(rope, dim, rope.long_factor), scale)
         self.first_long = len(short.cos)
-        self.cos, self.sin = torch.cat((short.cos, long.cos)), torch.cat((short.sin, long.sin))
+        self.table = Angles(torch.cat((short.cos, long.cos)), torch.cat((short.sin, long.sin))).to(device)
 
     def __call__(self, batch: ForwardBatch) -> ForwardBatch:
         rows = batch.positions + self.first_long * (batch.rope_lengths > self.original).int()
-        return replace(batch, rope=Rope(self.cos, self.sin, rows))
+        return replace(batch, rope=Rope(*self.table, rows))
 
     def regime(self, prompt_length: int) -> str:
         return "long" if prompt_length > self.original else ""
@@ -94,9 +95,9 @@ class DynamicRotary:
         lengths = batch.rope_lengths.clamp(min=self.original)
         keys = torch.stack((lengths, batch.positions // BLOCK_SIZE), 1)
         keys, tile_of_token = torch.unique(keys, dim=0, return_inverse=True)
-        tiles = [self.tile(length, block) for length, block in keys.tolist()]
-        cos, sin = (torch.cat(parts) for parts in zip(*tiles, strict=True))
         rows = tile_of_token * BLOCK_SIZE + batch.positions % BLOCK_SIZE
+        tiles = [self.tile(length, block) for length, block in keys.tolist()]
+        cos, sin = (torch.cat(parts).to(rows.device) for parts in zip(*tiles, strict=True))
         return replace(batch, rope=Rope(cos, sin, rows.int()))
 
     def regime(self, prompt_length: int) -> str:
@@ -114,6 +115,10 @@ def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scale: float = 1.0) 
     """cos and sin of position * inv_freq, times the attention factor; fp32 [positions,dim/2]."""
     freqs = positions.float()[:, None] * inv_freq
     return Angles(freqs.cos() * scale, freqs.sin() * scale)
+
+
+def unscaled(rope: RopeConfig, dim: int) -> torch.Tensor:
+    return default(rope.theta, dim)
 
 
 def default(theta: float | torch.Tensor, dim: int) -> torch.Tensor:
@@ -150,6 +155,9 @@ def yarn(rope: RopeConfig, dim: int) -> torch.Tensor:
     width = high - low if high != low else 0.001
     divided = ((torch.arange(dim // 2).float() - low) / width).clamp(0, 1)
     return inv_freq / rope.factor * divided + inv_freq * (1 - divided)
+
+
+FREQUENCIES = {"default": unscaled, "linear": linear, "llama3": llama3, "yarn": yarn}
 
 
 def _turning_dim(rope: RopeConfig, dim: int, turns: float) -> float:

@@ -82,7 +82,7 @@ class FalconForCausalLM(Decoder):
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         if not config.keys.boolean("alibi", default=False):
-            self.rotary = rotary(config.rope, config.head_dim, max_model_len)
+            self.rotary = rotary(config.rope, config.head_dim, max_model_len, weights.device)
         self.load_ends(config, weights, "transformer.word_embeddings", "lm_head")
         self.layers = [Layer(config, weights, layer) for layer in range(config.num_layers)]
         eps = config.keys.number("layer_norm_epsilon", default=1e-5)

@@ -54,7 +54,7 @@ class GPTNeoXForCausalLM(Decoder):
     ignored = (r"\.attention\.bias", r"\.attention\.masked_bias", r"rotary_emb\.inv_freq")  # older checkpoints: masks, frequencies
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
-        self.rotary = rotary(config.rope, config.head_dim, max_model_len)
+        self.rotary = rotary(config.rope, config.head_dim, max_model_len, weights.device)
         self.load_ends(config, weights, "gpt_neox.embed_in", "embed_out")
         self.layers = [Layer(config, weights, layer) for layer in range(config.num_layers)]
         eps = config.keys.number("layer_norm_eps", default=1e-5)

@@ -50,7 +50,7 @@ class GPTJForCausalLM(Decoder):
     ignored = (r"\.attn\.bias", r"\.attn\.masked_bias")  # older checkpoints hold the causal mask
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
-        self.rotary = rotary(config.rope, config.head_dim, max_model_len)
+        self.rotary = rotary(config.rope, config.head_dim, max_model_len, weights.device)
         self.load_ends(config, weights, "transformer.wte", "lm_head", bias=True)
         self.layers = [Layer(config, weights, layer) for layer in range(config.num_layers)]
         eps = config.keys.number("layer_norm_epsilon", default=1e-5)

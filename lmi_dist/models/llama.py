@@ -43,7 +43,7 @@ class LlamaForCausalLM(Decoder):
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         if config.rope.partial != 1.0 and not config.keys.boolean("partial_rotary", default=False):
             raise config.keys.refuse("partial_rotary_factor", f"must be 1 for {config.architecture}")
-        self.rotary = rotary(config.rope, config.head_dim, max_model_len)
+        self.rotary = rotary(config.rope, config.head_dim, max_model_len, weights.device)
         self.load_ends(config, weights, "model.embed_tokens", "lm_head", scale=self.embedding_scale(config, weights))
         self.layers = [self.layer(config, weights, layer) for layer in range(config.num_layers)]
         self.norm = load_norm(config, weights, "model.norm")

@@ -45,7 +45,7 @@ class VisionTower:
         section = keys.section("vision_config")
         section.choice("model_type", ("clip_vision_model",), default="clip_vision_model")
         config = CLIPVisionConfig.from_dict(dict(section.values))
-        self.dtype, self.hidden_size = weights.dtype, config.hidden_size
+        self.dtype, self.device, self.hidden_size = weights.dtype, weights.device, config.hidden_size
         self.depths = [_depth(keys, layer, config.num_hidden_layers) for layer in keys.integers("vision_feature_layer") or (-2,)]
         self.first = 0 if keys.values.get("vision_feature_select_strategy") == "full" else 1  # the class token's place
         with torch.device("meta"):
@@ -58,13 +58,13 @@ class VisionTower:
         del model.encoder.layers[unused.start :], model.post_layernorm
         state = {name: weights.tensor(f"{prefix}.{name}", tuple(x.shape)) for name, x in model.state_dict().items()}
         model.load_state_dict(state, assign=True)
-        model.embeddings.position_ids = torch.arange(model.embeddings.num_positions)[None]
+        model.embeddings.position_ids = torch.arange(model.embeddings.num_positions, device=weights.device)[None]
         self.embeddings, self.norm, self.layers = model.embeddings, model.pre_layrnorm, model.encoder.layers
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels: [tiles,3,size,size]; gives [tiles,patches,hidden of all layers that are looked at]. One tile at a time: the
         bits must not depend on how many there are, nor the memory."""
-        return torch.cat([self._look(tile[None].to(self.dtype)) for tile in pixels])
+        return torch.cat([self._look(tile[None].to(self.device, self.dtype)) for tile in pixels])
 
     def _look(self, tile: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.embeddings(tile))

@@ -3,7 +3,7 @@ in the same file), which is also the tests' reference. `select` chooses; nothing
 
 from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
 from lmi_dist.ops.attention import attention
-from lmi_dist.ops.column import chosen, describe, select, using
+from lmi_dist.ops.column import chosen, cuda_architectures, describe, select, using
 from lmi_dist.ops.embedding import embedding
 from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
 from lmi_dist.ops.lora import lora
@@ -26,6 +26,7 @@ __all__ = [
     "activation",
     "attention",
     "chosen",
+    "cuda_architectures",
     "describe",
     "embedding",
     "grouped_linear",

@@ -64,6 +64,15 @@ def library() -> Library | None:
     return (_chosen or chosen()).library
 
 
+def cuda_architectures() -> tuple[str, ...]:
+    """What the CUDA library was built for, as CMake names it: 80-real, 90a-real, ... Raises KernelError if there is none."""
+    path = find_library(list(lmi_dist.ops.__path__), "liblmi_cuda.so")
+    if path is None:
+        raise KernelError("liblmi_cuda.so is not built; install the package where there is nvcc, with LMI_CUDA=ON")
+    opened = _libraries.get(path) or _libraries.setdefault(path, Library(path, DEVICES["cuda"]))
+    return tuple(opened.describe().rpartition("(")[2].rstrip(")").split())
+
+
 def cpu_library() -> Library:
     """The CPU library, whichever column runs the operations. Raises KernelError if it is not built."""
     path = find_library(list(lmi_dist.ops.__path__))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from lmi_dist_handler import streaming
 from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.streaming import MAX_PIECE, EngineThread, Streams
 from lmi_dist_handler.wire import Codec, Input, Output, PairList
@@ -149,6 +150,27 @@ def test_engine_that_cannot_go_on_says_so() -> None:
         assert told(await bench.answer("abc")) == ("424", "the engine has ended: doomed")
 
     run(check)
+
+
+def test_lost_gpu_ends_the_process_once_everybody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LAST_WORDS_S", 0.05)
+    ends: list[int] = []
+
+    async def main() -> None:
+        engine = FakeEngine()
+        thread = EngineThread(lambda: engine, lambda: ends.append(1))  # type: ignore[arg-type, return-value]  # a fake
+        await thread.start()
+        bench = Bench(thread, engine)
+
+        answers = await asyncio.gather(bench.answer("lost", "one"), bench.answer("abcdef", "two", stream=False))
+
+        assert [told(frames) for frames in answers] == [("424", "the GPU is lost")] * 2
+        assert ends == []
+        await bench.until(lambda: bool(ends))
+        with pytest.raises(StepError, match="the engine has ended: the GPU is lost"):
+            bench.streams.stats()
+
+    asyncio.run(main())
 
 
 def test_abort_frees_before_the_next_step() -> None:

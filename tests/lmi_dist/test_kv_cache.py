@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llava
 import tiny_models
 import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import ConfigError, MemoryPlanError
+from lmi_dist.images import VisionConfig
 from lmi_dist.kv_cache import Dtype, KVCache, MemoryPlan, available_memory, plan_memory, read_cpu_flags, resolve_dtype
 from lmi_dist.models import read_config
 from lmi_dist.plan import MAX_PROMPT_ROWS
@@ -241,3 +243,37 @@ def test_available_memory_minds_the_container(tmp_path: Path, files: dict[str, s
 def test_system_without_the_figure_is_told(tmp_path: Path) -> None:
     with pytest.raises(MemoryPlanError, match="MemAvailable"):
         available_memory(machine(tmp_path, {"proc/meminfo": "MemTotal: 1 kB\n"}))
+
+
+@pytest.mark.parametrize("variant", ["1.5", "1.6"])
+def test_vision_towers_working_memory_is_planned(tmp_path: Path, variant: str) -> None:
+    """For each image that a prompt may have its features; and what one takes on its way through the tower."""
+    tiny_llava.save(tiny_llava.build(variant), tmp_path, variant)
+    model = read_config(tmp_path)
+    vision = VisionConfig.read(model.keys)
+    assert vision is not None
+
+    one, many = (plan(tmp_path, 1000 * MEGA, max_images=num) for num in (1, 11))
+
+    assert many.working_bytes - one.working_bytes == 10 * vision.max_tokens * model.hidden_size * 2
+    features_bytes = 2 * vision.max_tokens * model.hidden_size * 2
+    pixels_bytes = vision.max_tiles * 3 * vision.tile**2 * 4
+    text = plan_memory_without_images(tmp_path)
+    assert one.working_bytes - text > pixels_bytes + features_bytes
+    assert any("of it for images" in line for line in one.arithmetic)
+
+
+def plan_memory_without_images(folder: Path) -> int:
+    """Working memory of the text model alone."""
+    tiny_models.rewrite_config(folder, vision_config=None)
+    return plan(folder, 1000 * MEGA, max_images=1).working_bytes
+
+
+@pytest.mark.parametrize("size", [(60, 33), (33, 60), (1, 100), (40, 40)])
+def test_image_never_has_more_tokens_than_are_planned(tmp_path: Path, size: tuple[int, int]) -> None:
+    tiny_llava.save(tiny_llava.build("1.6"), tmp_path, "1.6")
+    vision = VisionConfig.read(read_config(tmp_path).keys)
+    assert vision is not None
+
+    assert vision.num_tokens(size) <= vision.max_tokens
+    assert 1 + vision.grid(size)[0] * vision.grid(size)[1] <= vision.max_tiles

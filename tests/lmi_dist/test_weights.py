@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -253,3 +254,26 @@ def test_loading_peaks_below_its_promise(tmp_path: Path, dtype: torch.dtype, fil
 
     assert told["packed"] > 150e6
     assert told["peak"] <= 1.15 * (told["packed"] + told["pool"])
+
+
+def test_piece_goes_to_a_gpu_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is here: what torch is asked for is noted, and done on the CPU."""
+    save_file({"a": torch.arange(6.0).view(3, 2)}, tmp_path / "model.safetensors")
+    made = Weights(Checkpoint(tmp_path), torch.bfloat16, Link(), device=torch.device("cuda", 1))
+    asked: list[dict[str, Any]] = []
+    empty = torch.empty
+
+    def noted_empty(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append({"pin_memory": pin_memory})
+        return empty(*sizes, **{**options, "device": "cpu"})
+
+    def noted_to(x: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        asked.append({"device": device, "non_blocking": non_blocking})
+        return x
+
+    monkeypatch.setattr(torch, "empty", noted_empty)
+    monkeypatch.setattr(torch.Tensor, "to", noted_to)
+    pieces = list(made.pieces("a", (3, 2)))
+
+    assert asked == [{"pin_memory": True}, {"device": torch.device("cuda", 1), "non_blocking": True}]
+    assert [(row, piece.dtype, piece.tolist()) for row, piece in pieces] == [(0, torch.bfloat16, [[0, 1], [2, 3], [4, 5]])]

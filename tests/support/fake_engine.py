@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass
 
-from lmi_dist import Output, OverloadedError, Request, RequestError, Token
+from lmi_dist import DeviceError, Output, OverloadedError, Request, RequestError, Token
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class FakeStats:
 
 class FakeEngine:
     """Refuses the prompt `bad`, is full for `full`, fails in the middle of `broken`, raises out of a step for `crash` and out of
-    abort, too, for `doom`; the letter `_` has no text. `gate`, once closed, holds every step; `steps` counts them."""
+    abort, too, for `doom`, loses its GPU for `lost`; the letter `_` has no text. `gate`, once closed, holds every step; `steps`
+    counts them."""
 
     image_token = None
 
@@ -44,6 +45,8 @@ class FakeEngine:
 
     def _advance(self, request: Request, place: int) -> Output:
         prompt = str(request.prompt)
+        if prompt == "lost" and place == 1:
+            raise DeviceError("the GPU is lost")
         if prompt in ("crash", "doom") and place == 1:
             raise RuntimeError(f"a {prompt}")
         if prompt == "broken" and place == 3:
