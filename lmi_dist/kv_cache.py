@@ -6,9 +6,11 @@
 import logging
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
@@ -109,7 +111,11 @@ class KVCache:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
     def _zeros(self, shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
-        return torch.zeros(shape, dtype=memory.torch_dtype, device=self.device)
+        """numpy takes zeros from the system as they are, in huge pages if it can; torch would write them, seconds for a large pool."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=memory.torch_dtype, device=self.device)
+        size_bytes = prod(shape) * memory.torch_dtype.itemsize
+        return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(memory.torch_dtype).view(shape)
 
 
 def plan_memory(

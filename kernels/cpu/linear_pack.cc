@@ -1,4 +1,5 @@
 /* Packing of weights into panels (linear_layout.h). A panel belongs to one thread. */
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -61,16 +62,29 @@ void put_scale(const lmi_linear_pack_args &args, float *scales, int lane, int64_
   scales[kPanel + lane] = static_cast<const uint8_t *>(at(args.zeros, row))[group];
 }
 
-void put_lane(const lmi_linear_pack_args &args, const PanelLayout &layout, const Place &place, int64_t row) {
-  char *groups = static_cast<char *>(args.packed.data) + place.panel * layout.panel_bytes;
-  const char *w = row < 0 ? nullptr : static_cast<const char *>(at(args.w, row));
+/* What comes into the lanes of a panel: a row of w, zeros if it is -1, nothing if it is kKept. */
+constexpr int64_t kKept = -2;
+struct Lanes {
+  int64_t row[kPanel];
+};
+
+/* Some inputs of one lane after the other, so that what they write together stays in the first-level cache meanwhile. */
+void put_lanes(const lmi_linear_pack_args &args, const PanelLayout &layout, int64_t panel, const Lanes &lanes) {
+  constexpr int64_t kSome = 4 * kTileInputs; /* 8 KiB of a 16-bit panel */
   const auto put_dense = args.dtype == LMI_F32 ? put_f32 : put_half;
   const auto put = args.format == LMI_INT4 ? put_int4 : args.format == LMI_INT8 ? put_int8 : put_dense;
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
-    char *columns = groups + group * layout.group_bytes + layout.scale_bytes;
-    const char *inputs = w ? w + group * layout.group_inputs * bytes_of(args.w.dtype) : nullptr;
-    if (layout.scale_bytes) put_scale(args, reinterpret_cast<float *>(columns - layout.scale_bytes), place.lane, row, group);
-    put(columns, place.lane, inputs, layout.group_inputs);
+  char *group_at = static_cast<char *>(args.packed.data) + panel * layout.panel_bytes;
+  for (int64_t group = 0; group < layout.num_groups; ++group, group_at += layout.group_bytes) {
+    for (int64_t e = 0; e < layout.group_inputs; e += kSome) {
+      const int64_t first = group * layout.group_inputs + e, num = std::min(kSome, layout.group_inputs - e);
+      char *columns = group_at + layout.scale_bytes + e / layout.column_inputs * layout.column_bytes;
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const int64_t row = lanes.row[lane];
+        if (row == kKept) continue;
+        if (layout.scale_bytes && e == 0) put_scale(args, reinterpret_cast<float *>(group_at), lane, row, group);
+        put(columns, lane, row < 0 ? nullptr : static_cast<const char *>(at(args.w, row)) + first * bytes_of(args.w.dtype), num);
+      }
+    }
   }
 }
 
@@ -97,12 +111,13 @@ void linear_pack(const lmi_linear_pack_args &args) {
   const std::vector<int64_t> panels = panels_with(shape, layout, has_row);
   parallel_for(static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = panels[static_cast<size_t>(i)];
+      Lanes lanes;
       for (int lane = 0; lane < kPanel; ++lane) {
-        const Place place{panels[static_cast<size_t>(i)], lane};
-        const int64_t output = output_of(shape, place);
-        if (output < 0) put_lane(args, layout, place, -1);
-        else if (has_row(output)) put_lane(args, layout, place, output - args.row_offset);
+        const int64_t output = output_of(shape, {panel, lane});
+        lanes.row[lane] = output < 0 ? -1 : has_row(output) ? output - args.row_offset : kKept;
       }
+      put_lanes(args, layout, panel, lanes);
     }
   });
 }

@@ -1,6 +1,7 @@
 """The memory plan is arithmetic on given numbers; what does not fit is told with it."""
 
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ MEGA = 1_000_000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path_factory.mktemp("tiny"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
 def plan(folder: Path, available: int, flags: frozenset[str] = BF16_CPU, **values: Any) -> MemoryPlan:
@@ -147,6 +152,16 @@ def test_cache_has_the_planned_size(folder: Path) -> None:
     assert cache.size_bytes == memory.pool_bytes
     assert cache.layers[1].k.shape == (memory.num_blocks, 2, BLOCK_SIZE, 16)
     assert cache.layers[1].v.dtype == torch.bfloat16
+
+
+def test_pool_takes_memory_as_it_is_written(folder: Path) -> None:
+    memory = plan(folder, 4_000 * MEGA, kv_cache_memory_bytes=512 * MEGA)
+    before = resident_bytes()
+
+    cache = KVCache(memory, num_layers=2, num_kv_heads=2, head_dim=16)
+
+    assert resident_bytes() - before < 50 * MEGA
+    assert not cache.layers[1].v[-1].any()
 
 
 # ---- dtype ----
