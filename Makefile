@@ -6,7 +6,7 @@
 PYTHON ?= python3
 STAMPS := .venv/stamps
 BIN := .venv/bin
-# --no-compile: what is used is compiled when first imported; all of torch and transformers would take minutes
+# --no-compile: all of torch and transformers would take minutes; what is used is compiled afterwards, in seconds
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint .ci/constraints.txt
 KERNELS := $(shell find kernels -type f)
 
@@ -60,12 +60,13 @@ INSTALL := $(PIP) --no-build-isolation --config-settings=cmake.define.LMI_CUDA=$
 
 $(STAMPS)/dev: $(STAMPS)/base pyproject.toml
 	$(INSTALL) '.[dev]'
+	$(BIN)/python .ci/compile_used.py
 	@touch $@ $(STAMPS)/run $(STAMPS)/kernels
 
 $(STAMPS)/kernels: $(KERNELS) $(STAMPS)/base pyproject.toml
 	@if [ $(STAMPS)/run -nt pyproject.toml ] && [ $(STAMPS)/run -nt $(STAMPS)/base ]; then \
 	  echo "building the kernels" && $(INSTALL) . --quiet --no-deps; \
 	else \
-	  $(INSTALL) . && touch $(STAMPS)/run; \
+	  $(INSTALL) . && $(BIN)/python .ci/compile_used.py && touch $(STAMPS)/run; \
 	fi
 	@touch $@

@@ -7,6 +7,7 @@ import logging
 import secrets
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -86,22 +87,28 @@ class Engine:
             logger.info("%s", line)
         self.config, self.model, self.memory = setup.config, setup.model, setup.memory
         self.max_model_len = setup.memory.max_model_len
-        self.tokenizer = load_tokenizer(config, setup.model.folder)
-        self._text = TextDecoder(self.tokenizer)
         vision = VisionConfig.read(self.model.keys)
         images = None if vision is None else ImageReader(self.config, vision, self.model.folder)
+        self._share(setup)
+        with ThreadPoolExecutor(max_workers=1) as pool:  # the tokenizer takes a second of Python, weights wait for memory
+            tokenizer = pool.submit(load_tokenizer, config, setup.model.folder)
+            with setup.device.judging():
+                self._runner = Runner(self.config, self.model, before_fitting(setup), self._link, setup.device)
+        self.tokenizer = tokenizer.result()
+        self._text = TextDecoder(self.tokenizer)
         self._admission = Admission(self.config, self.model, self.max_model_len, self._text, images)
         eos = self.tokenizer.eos_token_id
         self._eos_ids = frozenset(self.model.eos_token_ids) | (set() if eos is None else {eos})
+        return setup
+
+    def _share(self, setup: Explanation) -> None:
+        """Tell the other ranks what to load, and meet their GPUs."""
         with tempfile.TemporaryDirectory(prefix="lmi-dist-") as folder:
-            store = Path(folder) / "store"  # where the ranks' GPUs find each other
+            store = Path(folder) / "store"  # where GPUs find each other
             told = {"config": self.config.model_dump(mode="json"), "available_bytes": setup.available_bytes, "store": str(store)}
             self._link.share_setup(told)
             if setup.device.type == "cuda":
                 self._link.join_gpus(store, setup.device.place)
-        with setup.device.judging():
-            self._runner = Runner(self.config, self.model, before_fitting(setup), self._link, setup.device)
-        return setup
 
     def _fit(self, setup: Explanation) -> None:
         """Take the KV pool that the GPUs have room for now."""
