@@ -28,9 +28,14 @@ def strided(x: Tensor, extra: int = 5) -> Tensor:
     return wide[..., 2 : 2 + x.shape[-1]]
 
 
-def assert_close(actual: Tensor, expected: Tensor, *, factor: float = 1.0) -> None:
-    """Same dtype and shape, equal within `factor` times the dtype's tolerance."""
+def assert_close(actual: Tensor, expected: Tensor, *, factor: float = 1.0, slack: Tensor | None = None) -> None:
+    """Same dtype and shape, equal within `factor` times the dtype's tolerance; with slack, which is for finite numbers, each may be
+    off by so much more."""
     rtol, atol = TOLERANCES[actual.dtype]
+    if slack is not None:
+        assert actual.dtype == expected.dtype
+        actual, expected = actual.float(), expected.float()
+        actual = actual - (actual - expected).clamp(-slack, slack)
     torch.testing.assert_close(actual, expected, rtol=rtol * factor, atol=atol * factor)
 
 
