@@ -12,7 +12,7 @@ namespace {
  * x: [steps of 32 inputs][rows][32], inputs beyond the last one 0. */
 class AmxTiles {
  public:
-  static constexpr int64_t kMaxRows = 32, kBlockRows = 1024;
+  static constexpr int64_t kMaxRows = 32, kBlockRows = 1024, kPartInputs = 512; /* a tile's x in the first-level cache */
 
   AmxTiles() = default;
   AmxTiles(const AmxTiles &) = delete;

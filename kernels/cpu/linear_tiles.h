@@ -3,6 +3,7 @@
  *
  * What linear.cc expects of a kind of tiles (FloatTiles, DotTiles, AmxTiles):
  *   kMaxRows, kBlockRows   rows of a tile and of a block at most
+ *   kPartInputs            inputs that many tiles take at a time
  *   width(num_rows)        rows that a tile of so many takes up
  *   x_bytes(width, num)    bytes of so many inputs of a tile, as `read` writes them
  *   read(x, first, num_rows, to)   rows first .. first+num_rows-1 of x as a tile
@@ -114,7 +115,7 @@ void with_width(int64_t width, Function fn) {
 /* x and weights as floats; x: [inputs][width]. Each output is one sum that takes its inputs in ascending order, a multiply-add each. */
 template <class Columns>
 struct FloatTiles {
-  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 256;
+  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 256, kPartInputs = 512;
   static int64_t width(int64_t num_rows) { return vector_width(num_rows); }
   static int64_t x_bytes(int64_t width, int64_t num_inputs) { return 4 * width * num_inputs; }
 
@@ -170,7 +171,7 @@ struct FloatTiles {
 #if defined(__AVX512BF16__)
 /* bf16 by dot products of two inputs; x: [pairs of inputs][width]. */
 struct DotTiles {
-  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 1024;
+  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 1024, kPartInputs = 2048;
   static int64_t width(int64_t num_rows) { return vector_width(num_rows); }
   static int64_t x_bytes(int64_t width, int64_t num_inputs) { return 4 * width * ((num_inputs + 1) / 2); }
 
