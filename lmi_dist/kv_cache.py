@@ -35,6 +35,7 @@ class MemoryPlan:
     """What the memory is for. All figures but num_blocks and max_model_len are in bytes; `arithmetic` is for people."""
 
     dtype: Dtype
+    cache_dtype: torch.dtype
     max_model_len: int
     available_bytes: int
     weights_bytes: int
@@ -113,9 +114,9 @@ class KVCache:
     def _zeros(self, shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
         """numpy takes zeros from the system as they are, in huge pages if it can; torch would write them, seconds for a large pool."""
         if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=memory.torch_dtype, device=self.device)
-        size_bytes = prod(shape) * memory.torch_dtype.itemsize
-        return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(memory.torch_dtype).view(shape)
+            return torch.zeros(shape, dtype=memory.cache_dtype, device=self.device)
+        size_bytes = prod(shape) * memory.cache_dtype.itemsize
+        return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(memory.cache_dtype).view(shape)
 
 
 def plan_memory(
@@ -142,6 +143,7 @@ def plan_memory(
     demand = _Demand(config, model, checkpoint, dtype, length, available_bytes, gpu, measured)
     plan = MemoryPlan(
         dtype=dtype,
+        cache_dtype=demand.cache_dtype,
         max_model_len=length,
         available_bytes=available_bytes,
         weights_bytes=demand.weights_bytes,
@@ -172,12 +174,13 @@ class _Demand:
         self.gpu, self.measured = gpu, measured
         self.config, self.model, self.dtype, self.length, self.available_bytes = config, model, dtype, length, available_bytes
         self.item_bytes = TORCH_DTYPES[dtype].itemsize
+        self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else TORCH_DTYPES[dtype]
         self.num_ranks = config.tensor_parallel_degree
         self.heads = Heads.share(Ranks(0, self.num_ranks), model.num_heads, model.num_kv_heads, model.head_dim)
         self.weights_bytes = measured.weights_bytes if measured else self.item_bytes * self._num_weights(checkpoint)
         self.working_bytes = (measured.working_bytes if measured else self._working_bytes()) + self._vision_bytes()
         self.graph_bytes = self._step_bytes(config.max_batch_size, config.max_batch_size) if gpu else 0
-        self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.item_bytes
+        self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.cache_dtype.itemsize
         self.blocks_of_one = -(-length // BLOCK_SIZE) * (2 if model.is_encoder_decoder else 1)  # each end may be so long
         self.num_blocks = self._num_blocks()
 
@@ -247,7 +250,7 @@ class _Demand:
             + (f", {_gb(vision)} of it for images" if (vision := self._vision_bytes()) else ""),
             *([f"recorded decode steps {_gb(self.graph_bytes)}"] if self.gpu else []),
             f"block {self.block_bytes} bytes = 2 x {model.num_layers} layers x {len(self.heads.key)} heads x {BLOCK_SIZE} tokens"
-            f" x {model.head_dim} x {self.item_bytes} bytes",
+            f" x {model.head_dim} x {self.cache_dtype.itemsize} bytes" + (" in fp8" if self.config.kv_cache_dtype == "fp8" else ""),
             f"KV pool {_gb(pool)} = {self.num_blocks} blocks = {self.num_blocks * BLOCK_SIZE} tokens"
             f" = {self.num_blocks // self.blocks_of_one} sequences of max_model_len={self.length}",
             f"left {_gb(rest)}",

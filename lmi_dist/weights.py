@@ -95,7 +95,7 @@ class _OpenPickle:
 
 
 def _cut(view: Any, dims: int, rows: slice, columns: slice) -> torch.Tensor:
-    part: torch.Tensor = view[rows, columns] if dims == 2 else view[rows]
+    part: torch.Tensor = view[rows, columns] if dims == 2 else view[rows] if dims else view[...]
     return part
 
 
@@ -155,6 +155,15 @@ class Weights:
             yield first - mine.start, self._placed(read)
             self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
 
+    def number(self, name: str) -> float | None:
+        """The value of a tensor of one element; None if there is no such tensor. Raises CheckpointError."""
+        info = self.checkpoint.tensors.get(name)
+        if info is None:
+            return None
+        if info.num_elements != 1:
+            raise _mismatch([], [_wrong(name, info, (1,))])
+        return float(self.checkpoint.read(name))
+
     def _placed(self, piece: torch.Tensor) -> torch.Tensor:
         """On the device, in the model's dtype. To a GPU it goes from pinned memory, which torch uses again once the copy is
         done, and the next piece is read meanwhile."""
@@ -194,10 +203,13 @@ class Renamed(Weights):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         return self._whole.pieces(self._rename(name), shape, rows, columns, transposed=transposed)
 
+    def number(self, name: str) -> float | None:
+        return self._whole.number(self._rename(name))
+
 
 class Inventory(Weights):
-    """Weights that read nothing. A model built from it, and thrown away, tells all that the checkpoint lacks before the first
-    byte is loaded: see `verify`."""
+    """Weights that read nothing but single numbers. A model built from it, and thrown away, tells all that the checkpoint lacks
+    before its weights are loaded: see `verify`."""
 
     def __init__(
         self,
@@ -233,6 +245,10 @@ class Inventory(Weights):
         else:
             self.num_bytes += info.size_bytes * len(range(shape[0])[rows]) // shape[0]
         return iter(())
+
+    def number(self, name: str) -> float | None:
+        self._asked.add(name)
+        return super().number(name)
 
     def verify(self, ignored: Collection[str] = ()) -> None:
         """Raises CheckpointError on missing tensors, wrong shapes and tensors that nobody asked for, except where one of the

@@ -43,7 +43,8 @@ class Option:
 
 ENGINE = {
     "model_id": "model", "revision": "revision", "tokenizer": "tokenizer", "trust_remote_code": "trust_remote_code",
-    "dtype": "dtype", "quantize": "quantize", "tensor_parallel_degree": "tensor_parallel_degree", "device": "device",
+    "dtype": "dtype", "kv_cache_dtype": "kv_cache_dtype", "quantize": "quantize",
+    "tensor_parallel_degree": "tensor_parallel_degree", "device": "device",
     "kernels": "kernels", "enforce_eager": "enforce_eager", "cpu_threads": "cpu_threads", "max_model_len": "max_model_len",
     "max_rolling_batch_size": "max_batch_size", "max_rolling_batch_prefill_tokens": "max_prefill_tokens",
     "prefill_chunk_tokens": "prefill_chunk_tokens", "enable_chunked_prefill": "enable_chunked_prefill",

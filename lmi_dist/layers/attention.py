@@ -1,5 +1,6 @@
 """Attention over the blocks of the KV pool: project, rotate, write the new keys, attend, project back. Or across, to an encoder."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ModelConfig
+from lmi_dist.errors import CheckpointError
 from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.qkv import Layout, load_qkv
 from lmi_dist.parallel import Heads
@@ -24,6 +26,32 @@ class RelativeBias(NamedTuple):
 
 
 NO_BIAS = RelativeBias(None, 128)
+
+
+class CacheScales(NamedTuple):
+    """What an fp8 cache's keys and values are to be multiplied by; other caches do without."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+    @classmethod
+    def load(cls, weights: Weights, prefix: str) -> "CacheScales":
+        """Those that a checkpoint was calibrated with, under the names that vLLM, compressed-tensors and ModelOpt give them, or 1.
+        Raises CheckpointError on one that is not above 0."""
+        return cls(*(_scale(weights, prefix, kind) for kind in "kv"))
+
+
+NO_SCALES = CacheScales()
+
+
+def _scale(weights: Weights, prefix: str, kind: str) -> float:
+    for name in (f"{prefix}.{kind}_scale", f"{prefix}.attn.{kind}_scale", f"{prefix}.{kind}_proj.{kind}_scale"):
+        value = weights.number(name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise CheckpointError(f"{name}={value} must be finite and above 0")
+        if value is not None:
+            return value
+    return 1.0
 
 
 class SelfAttention:
@@ -57,6 +85,7 @@ class SelfAttention:
                 heads,
                 window=config.windows[layer],
                 alibi=None if alibi is None else alibi[heads.query.start : heads.query.stop].to(weights.device),
+                scales=CacheScales.load(weights, out.rpartition(".")[0]),
                 **options,
             ),
             Linear.load(
@@ -81,7 +110,8 @@ class PagedAttention:
 
     scale: D^-0.5 if not given. window: keys that a token sees, itself included; 0: all. soft_cap: Gemma 2's, 0: none.
     alibi: fp32 [H] slopes. relative_bias: T5's. causal: whether a token sees only those before it. interleaved: rotary turns pairs
-    (2i, 2i+1) instead of (i, i+half). qk_norm: what is done to q [T,H,D] and to k [T,K,D] before they are turned.
+    (2i, 2i+1) instead of (i, i+half). qk_norm: what is done to q [T,H,D] and to k [T,K,D] before they are turned. scales: of an fp8
+    cache.
     """
 
     def __init__(
@@ -97,12 +127,14 @@ class PagedAttention:
         causal: bool = True,
         interleaved: bool = False,
         qk_norm: tuple[Norm, Norm] | None = None,
+        scales: CacheScales = NO_SCALES,
     ) -> None:
         self.layer, self.head_dim, self.window = layer, heads.size, window
         self.first_key, self.first_value = len(heads.query), len(heads.query) + len(heads.key)
         self.scale = heads.size**-0.5 if scale is None else scale
         self.soft_cap, self.alibi, self.interleaved, self.qk_norm = soft_cap, alibi, interleaved, qk_norm
         self.relative_bias, self.causal = relative_bias, causal
+        self.scales = {"k_scale": scales.k, "v_scale": scales.v}
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
@@ -112,11 +144,11 @@ class PagedAttention:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         cache = batch.cache.layers[self.layer]
         cos, sin, rows = batch.rope or (None, None, None)
-        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved)
+        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved, **self.scales)
         out = ops.attention(
             q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi, causal=self.causal,
-            relative_bias=self.relative_bias.table, max_distance=self.relative_bias.max_distance,
+            relative_bias=self.relative_bias.table, max_distance=self.relative_bias.max_distance, **self.scales,
         )  # fmt: skip
         return out.flatten(1)
 

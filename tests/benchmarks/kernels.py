@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,11 +59,13 @@ def linears(rows: list[int]) -> Iterator[Stage]:
 
 
 def attentions() -> Iterator[Stage]:
-    """Decode of 1 and 16 sequences with 1000 keys each, a chunk of 512 at the end of 512 and of 2048 keys."""
-    for queries, lengths in (([1], [1000]), ([1] * 16, [1000] * 16), ([512], [512]), ([512], [2048])):
+    """Decode of 1 and 16 sequences with 1000 keys each, a chunk of 512 at the end of 512 and of 2048 keys; each in bf16 and fp8."""
+    shapes = (([1], [1000]), ([1] * 16, [1000] * 16), ([512], [512]), ([512], [2048]))
+    for (queries, lengths), cached in product(shapes, (torch.bfloat16, torch.float8_e4m3fn)):
         counts = [-(-length // BLOCK_SIZE) for length in lengths]
-        copies = max(1, int(COLD_BYTES / (sum(counts) * BLOCK_SIZE * KV_HEADS * HEAD_DIM * 4))) if queries[0] == 1 else 1
-        caches = torch.randn(2, copies * sum(counts), KV_HEADS, BLOCK_SIZE, HEAD_DIM).bfloat16()
+        key_bytes = 2 * KV_HEADS * HEAD_DIM * cached.itemsize
+        copies = max(1, int(COLD_BYTES / (sum(counts) * BLOCK_SIZE * key_bytes))) if queries[0] == 1 else 1
+        caches = torch.randn(2, copies * sum(counts), KV_HEADS, BLOCK_SIZE, HEAD_DIM).to(cached)
         tables = torch.randperm(copies * sum(counts)).int().view(copies, len(lengths), -1)
         q = torch.randn(sum(queries), HEADS, HEAD_DIM).bfloat16()
         starts, key_lengths = torch.tensor([0, *queries]).cumsum(0).int(), torch.tensor(lengths).int()
@@ -78,8 +81,8 @@ def attentions() -> Iterator[Stage]:
             return ops.attention(q, caches[0], caches[1], starts, key_lengths, tables[i % len(tables)], scale=HEAD_DIM**-0.5)
 
         pairs = sum(q * k - q * (q - 1) / 2 for q, k in zip(queries, lengths, strict=True))
-        size = 4 * sum(lengths) * KV_HEADS * HEAD_DIM
-        yield Stage(f"attention {len(queries)} x {queries[0]} of {lengths[0]} keys", size, 4 * pairs * HEADS * HEAD_DIM, work)
+        name = f"attention {len(queries)} x {queries[0]} of {lengths[0]} keys" + (" fp8" if cached.itemsize == 1 else "")
+        yield Stage(name, key_bytes * sum(lengths), 4 * pairs * HEADS * HEAD_DIM, work)
 
 
 def norms(rows: list[int]) -> Iterator[Stage]:

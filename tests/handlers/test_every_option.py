@@ -17,6 +17,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.tokenizer": ("some/tokenizer", "some/tokenizer"),
     "option.trust_remote_code": ("TRUE", True),
     "option.dtype": ("FP16", "fp16"),
+    "option.kv_cache_dtype": ("FP8_e4m3", "fp8"),
     "option.tensor_parallel_degree": ("max", 1),
     "option.device": ("cpu", "cpu"),
     "option.kernels": ("torch", "torch"),

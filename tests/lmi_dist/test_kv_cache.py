@@ -164,6 +164,16 @@ def test_pool_takes_memory_as_it_is_written(folder: Path) -> None:
     assert not cache.layers[1].v[-1].any()
 
 
+def test_fp8_pool_holds_twice_the_tokens_of_bf16(folder: Path) -> None:
+    given = {"kv_cache_memory_bytes": MEGA}
+    plain, packed = plan(folder, 100 * MEGA, **given), plan(folder, 100 * MEGA, kv_cache_dtype="fp8", **given)
+
+    assert packed.num_tokens == 2 * plain.num_tokens
+    assert packed.weights_bytes == plain.weights_bytes
+    assert any(line.startswith("block 2048 bytes") and line.endswith("x 1 bytes in fp8") for line in packed.arithmetic)
+    assert KVCache(packed, num_layers=2, num_kv_heads=2, head_dim=16).size_bytes == packed.pool_bytes
+
+
 # ---- dtype ----
 
 

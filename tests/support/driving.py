@@ -34,7 +34,7 @@ class Course:
 def make_cache(num_blocks: int = 1) -> KVCache:
     """A small pool for tests of what only needs to be given one."""
     facts = {"max_model_len": 64, "available_bytes": 0, "weights_bytes": 0, "working_bytes": 0, "block_bytes": 0}
-    return KVCache(MemoryPlan(dtype="fp32", num_blocks=num_blocks, arithmetic=(), **facts), 1, 1, 8)
+    return KVCache(MemoryPlan(dtype="fp32", cache_dtype=torch.float32, num_blocks=num_blocks, arithmetic=(), **facts), 1, 1, 8)
 
 
 def make_runner(folder: Path, kernels: str = "cpu", link: Link | None = None, **values: Any) -> Runner:

@@ -88,12 +88,17 @@ def run(size: int, body: Callable[..., Any], rounds: int | None = None) -> list[
 
 
 def continue_prompts(
-    link: Any, folder: Path, prompts: list[Any], dtype: str = "fp32", drive: Callable[..., dict[int, Course]] = driving.run
+    link: Any,
+    folder: Path,
+    prompts: list[Any],
+    dtype: str = "fp32",
+    drive: Callable[..., dict[int, Course]] = driving.run,
+    **values: Any,
 ) -> tuple[str, list[Course]]:
     """On every rank a digest of all sums over ranks; on rank 0 also what became of the prompts, which run together in batches.
-    `drive`: as driving.run, for prompts that are more than token ids."""
+    `drive`: as driving.run, for prompts that are more than token ids; `values`: settings."""
     digest = note_sums(link)
-    runner = driving.make_runner(folder, link=link, dtype=dtype, tensor_parallel_degree=link.ranks.size)
+    runner = driving.make_runner(folder, link=link, dtype=dtype, tensor_parallel_degree=link.ranks.size, **values)
     if isinstance(link, FollowerLink):
         while (plan := link.next_plan()) is not None:
             runner.forward(plan)
