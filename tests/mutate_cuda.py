@@ -61,6 +61,7 @@ HARMLESS = [
 # Files and the tests that know them; others are looked at by all.
 TESTS = {
     "attention": ["test_attention.py"],
+    "fp8": ["test_attention.py", "test_rotary.py"],
     "linear": ["test_linear.py"],
     "lora": ["test_lora.py", "test_device_column.py"],
     "moe": ["test_moe.py", "test_device_column.py"],

@@ -49,30 +49,32 @@ void make_bias(const lmi_attention_args &args, float *table, cudaStream_t stream
 
 /* ---- launches ---- */
 
-template <class T>
-Attention<T> attention_of(const lmi_attention_args &args, const float *bias) {
-  return {args.out,
+template <class T, class Cached>
+Attention<T, Cached> attention_of(const lmi_attention_args &args, const float *bias) {
+  const bool is_scaled = !std::is_same_v<T, Cached>;
+  return {{vector_of<int>(args.starts),
+           vector_of<int>(args.key_lengths),
+           vector_of<int>(args.tables),
+           vector_of<float>(args.alibi),
+           bias,
+           args.tables.stride[0],
+           0,
+           static_cast<int>(args.q.size[1]),
+           static_cast<int>(args.k_cache.size[1]),
+           static_cast<int>(args.q.size[1] / args.k_cache.size[1]),
+           static_cast<int>(args.q.size[2]),
+           static_cast<int>(args.k_cache.size[2]),
+           args.window,
+           args.max_distance,
+           is_scaled ? args.scale * args.k_scale : args.scale,
+           is_scaled ? args.v_scale : 1.0f,
+           args.soft_cap,
+           args.causal != 0,
+           is_wide({&args.k_cache, &args.v_cache})},
+          args.out,
           args.q,
           args.k_cache,
-          args.v_cache,
-          vector_of<int>(args.starts),
-          vector_of<int>(args.key_lengths),
-          vector_of<int>(args.tables),
-          vector_of<float>(args.alibi),
-          bias,
-          args.tables.stride[0],
-          0,
-          static_cast<int>(args.q.size[1]),
-          static_cast<int>(args.k_cache.size[1]),
-          static_cast<int>(args.q.size[1] / args.k_cache.size[1]),
-          static_cast<int>(args.q.size[2]),
-          static_cast<int>(args.k_cache.size[2]),
-          args.window,
-          args.max_distance,
-          args.scale,
-          args.soft_cap,
-          args.causal != 0,
-          is_wide({&args.k_cache, &args.v_cache})};
+          args.v_cache};
 }
 
 /* What is known on the host of how much work there can be. */
@@ -86,38 +88,39 @@ struct Bounds {
   }
 };
 
-template <class T, int kPadded>
+template <int kPadded, class T>
 void run_prompts(const Attention<T> &attention, const Boxes &boxes, cudaStream_t stream) {
   const Shape shape{static_cast<unsigned>(num_processors()), kPromptThreads, PromptShape<T, kPadded>::kSharedBytes};
   launch("attention of prompts", prompt_kernel<T, kPadded>, shape, stream, attention, boxes);
 }
 
 /* prompts: how sequences with many rows are loaded on sm_90a; null: they go the way of sm_80. */
-template <class T, int kPadded>
-void run_tiles(const Attention<T> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
+template <int kPadded, class T, class Cached>
+void run_tiles(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
   const int64_t pieces = bounds.num_splits > 1 ? bounds.max_pieces(attention.num_sequences, attention.num_kv_heads) : 0;
   const Scratch scratch(static_cast<size_t>(pieces * PieceStates<kPadded>::kFloats) * sizeof(float), stream);
   const PieceStates<kPadded> states{scratch.as<float>()};
   const unsigned blocks = static_cast<unsigned>(2 * num_processors());
-  const Shape shape{blocks, kAttentionThreads, TileShape<T, kPadded>::kSharedBytes};
-  launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, true);
-  if (bounds.num_splits > 1) launch("attention merge", merge_kernel<T, kPadded>, {2 * blocks, kAttentionThreads}, stream, attention, states);
+  const Shape shape{blocks, kAttentionThreads, TileShape<T, Cached, kPadded>::kSharedBytes};
+  launch("attention", attend_kernel<T, Cached, kPadded>, shape, stream, attention, states, true);
+  const Shape small{2 * blocks, kAttentionThreads};
+  if (bounds.num_splits > 1) launch("attention merge", merge_kernel<T, kPadded>, small, stream, attention, attention.out, states);
   if (bounds.num_rows <= kFewRows) return;
-  if constexpr (kPadded <= 128) {
-    if (prompts) return run_prompts<T, kPadded>(attention, *prompts, stream);
+  if constexpr (kPadded <= 128 && std::is_same_v<T, Cached>) {
+    if (prompts) return run_prompts<kPadded>(attention, *prompts, stream);
   }
-  launch("attention", attend_kernel<T, kPadded>, shape, stream, attention, states, false);
+  launch("attention", attend_kernel<T, Cached, kPadded>, shape, stream, attention, states, false);
 }
 
-template <class T>
-void run(const Attention<T> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
+template <class T, class Cached>
+void run(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned blocks = static_cast<unsigned>(8 * num_processors());
-    launch("attention", plain_attend_kernel, {blocks, kAttentionThreads}, stream, attention);
+    launch("attention", plain_attend_kernel<Cached>, {blocks, kAttentionThreads}, stream, attention);
   } else {
-    if (attention.size <= 64) run_tiles<T, 64>(attention, bounds, prompts, stream);
-    else if (attention.size <= 128) run_tiles<T, 128>(attention, bounds, prompts, stream);
-    else run_tiles<T, 256>(attention, bounds, prompts, stream);
+    if (attention.size <= 64) run_tiles<64>(attention, bounds, prompts, stream);
+    else if (attention.size <= 128) run_tiles<128>(attention, bounds, prompts, stream);
+    else run_tiles<256>(attention, bounds, prompts, stream);
   }
 }
 
@@ -125,7 +128,6 @@ void run(const Attention<T> &attention, const Bounds &bounds, const Boxes *promp
 
 void attention(const lmi_attention_args &args, cudaStream_t stream) {
   check_arguments(args);
-  if (args.k_cache.dtype == LMI_F8E4M3) throw Error(LMI_UNSUPPORTED, "caches in F8E4M3 are the CPU column's as yet");
   if (is_given(args.relative_bias)) check_range("buckets of relative_bias", args.relative_bias.size[0], 2, 2 * kMaxFarBuckets);
   const int64_t num_sequences = args.starts.size[0] - 1, num_tokens = args.q.size[0];
   if (num_tokens == 0) return;
@@ -136,9 +138,8 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
   const Bounds bounds{num_tokens * (args.q.size[1] / args.k_cache.size[1]), std::max<int64_t>(1, (max_keys + kSplit - 1) / kSplit)};
   const bool are_prompts = bounds.num_rows > kFewRows && are_prompts_for_sm90(args);
   const Boxes boxes = are_prompts ? boxes_of(args) : Boxes();
-  with_dtype(args.q.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    Attention<T> part = attention_of<T>(args, has_bias ? bias.as<float>() : nullptr);
+  with_cached(args.q.dtype, args.k_cache.dtype, [&](auto zero, auto cached) {
+    auto part = attention_of<decltype(zero), decltype(cached)>(args, has_bias ? bias.as<float>() : nullptr);
     for (int64_t first = 0; first < num_sequences; first += kMaxSequences) {
       part.num_sequences = static_cast<int>(std::min<int64_t>(kMaxSequences, num_sequences - first));
       part.starts = vector_of<int>(args.starts) + first;

@@ -3,6 +3,7 @@
  * */
 #pragma once
 #include "cuda/attention_problem.cuh"
+#include "cuda/fp8.cuh"
 #include "cuda/reduce.cuh"
 
 namespace lmi::cuda {
@@ -26,17 +27,19 @@ struct PlainRow {
 };
 
 /* Score of one key, or -infinity if the row does not see it. */
-__device__ inline float plain_score(const Attention<float> &attention, const PlainRow &row, int key, Range seen) {
+template <class Cached>
+__device__ float plain_score(const Attention<float, Cached> &attention, const PlainRow &row, int key, Range seen) {
   if (key < seen.first || key >= seen.last) return -INFINITY;
   const float *const q = attention.q.at(row.token, row.head);
-  const float *const k = attention.cached(attention.k_cache, row.sequence, row.head / attention.group, key);
+  const Cached *const k = attention.cached(attention.k_cache, row.sequence, row.head / attention.group, key);
   float product = 0.0f;
-  for (int d = 0; d < attention.size; ++d) product = fmaf(q[d], k[d], product);
+  for (int d = 0; d < attention.size; ++d) product = fmaf(q[d], to_float(k[d]), product);
   return attention.score(product, row.head, key - attention.position(row.sequence, row.query));
 }
 
 /* One tile of keys into the state. */
-__device__ inline void plain_tile(const Attention<float> &attention, const PlainRow &row, int first_key, Range seen, PlainState &state) {
+template <class Cached>
+__device__ void plain_tile(const Attention<float, Cached> &attention, const PlainRow &row, int first_key, Range seen, PlainState &state) {
   using Weights = float[kAttentionThreads / 32][kTile];
   LMI_SHARED(Weights, of_warps);
   float(&weights)[kTile] = of_warps[threadIdx.x / 32];
@@ -57,16 +60,17 @@ __device__ inline void plain_tile(const Attention<float> &attention, const Plain
   /* keys that the row does not see are not added at all: what lies there may be anything */
   const Range keys = common(seen, {first_key, first_key + kTile});
   for (int key = keys.first; key < keys.last; ++key) {
-    const float *const v = attention.cached(attention.v_cache, row.sequence, row.head / attention.group, key);
+    const Cached *const v = attention.cached(attention.v_cache, row.sequence, row.head / attention.group, key);
 #pragma unroll
     for (int d = 0; d < kMaxColumns; ++d) {
-      if (d * 32 + lane < attention.size) state.values[d] = fmaf(weights[key - first_key], v[d * 32 + lane], state.values[d]);
+      if (d * 32 + lane < attention.size) state.values[d] = fmaf(weights[key - first_key], to_float(v[d * 32 + lane]), state.values[d]);
     }
   }
   __syncwarp(); /* the weights have been read */
 }
 
-__global__ void __launch_bounds__(kAttentionThreads) plain_attend_kernel(Attention<float> attention) {
+template <class Cached>
+__global__ void __launch_bounds__(kAttentionThreads) plain_attend_kernel(Attention<float, Cached> attention) {
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32;
   const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
   for (int i = warp; i < num_rows; i += gridDim.x * kAttentionThreads / 32) {
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kAttentionThreads) plain_attend_kernel(Attenti
     float *const out = attention.out.at(token, row.head);
 #pragma unroll
     for (int d = 0; d < kMaxColumns; ++d) {
-      if (d * 32 + lane < attention.size) out[d * 32 + lane] = total.sum == 0.0f ? 0.0f : total.values[d] / total.sum;
+      if (d * 32 + lane < attention.size) out[d * 32 + lane] = attention.result(total.values[d], total.sum);
     }
   }
 }

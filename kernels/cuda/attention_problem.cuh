@@ -33,16 +33,14 @@ struct Heads {
   }
 };
 
-template <class T>
-struct Attention {
-  Heads<T> out;
-  Heads<const T> q, k_cache, v_cache;
+/* What is asked but for the tensors of floats: the same for every dtype. */
+struct Question {
   const int *starts, *key_lengths, *tables;
   const float *alibi, *bias; /* bias: [H, 2 max_distance + 1], by key minus query position */
   int64_t tables_stride;
   int num_sequences, num_heads, num_kv_heads, group, size, block_size, window, max_distance;
-  float scale, soft_cap;
-  bool is_causal, is_aligned; /* is_aligned: rows of q and of the caches lie on 16 bytes */
+  float scale, v_scale, soft_cap; /* of products, of what the values come to */
+  bool is_causal, is_aligned;     /* is_aligned: rows of the caches lie on 16 bytes */
 
   __device__ int num_queries(int b) const { return starts[b + 1] - starts[b]; }
   __device__ int position(int b, int query) const { return key_lengths[b] - num_queries(b) + query; }
@@ -66,8 +64,19 @@ struct Attention {
   __device__ __forceinline__ bool has_plain_scores() const { return !(soft_cap > 0.0f) && !alibi && !bias; }
   __device__ __forceinline__ float plain_score(float product) const { return product * scale * kLog2e; }
 
+  /* What stands in a row of the result: the weighted sum of values by the sum of weights; without keys 0. */
+  __device__ __forceinline__ float result(float value, float sum) const { return sum == 0.0f ? 0.0f : value / sum * v_scale; }
+};
+
+/* Cached: what the caches hold, T itself or e4m3. */
+template <class T, class Cached = T>
+struct Attention : Question {
+  Heads<T> out;
+  Heads<const T> q;
+  Heads<const Cached> k_cache, v_cache;
+
   /* Where key j of sequence b lies in a cache. */
-  __device__ const T *cached(const Heads<const T> &cache, int b, int head, int j) const {
+  __device__ const Cached *cached(const Heads<const Cached> &cache, int b, int head, int j) const {
     return cache.at(tables[b * tables_stride + j / block_size], head, j % block_size);
   }
 };
@@ -83,27 +92,23 @@ struct Piece {
   Range splits;
 };
 
-template <class T>
-__device__ int query_of(const Attention<T> &attention, const Unit &unit, int row) {
+__device__ inline int query_of(const Question &attention, const Unit &unit, int row) {
   return (unit.first + row) / attention.group;
 }
 
-template <class T>
-__device__ int head_of(const Attention<T> &attention, const Unit &unit, int row) {
+__device__ inline int head_of(const Question &attention, const Unit &unit, int row) {
   return unit.head * attention.group + (unit.first + row) % attention.group;
 }
 
 /* Keys that any row of the unit sees: both ends grow with the query. */
-template <class T>
-__device__ Range seen_by_unit(const Attention<T> &attention, const Unit &unit) {
+__device__ inline Range seen_by_unit(const Question &attention, const Unit &unit) {
   const Range first = attention.seen(unit.sequence, query_of(attention, unit, 0));
   const Range last = attention.seen(unit.sequence, query_of(attention, unit, unit.rows - 1));
   return {first.first, max(first.first, last.last)};
 }
 
 /* Splits that any row of the sequence needs; at least one. */
-template <class T>
-__device__ Range splits_of(const Attention<T> &attention, int b) {
+__device__ inline Range splits_of(const Question &attention, int b) {
   const int first = attention.seen(b, 0).first / kSplit, last = attention.seen(b, attention.num_queries(b) - 1).last;
   return {first, max(first + 1, (last + kSplit - 1) / kSplit)};
 }
@@ -113,8 +118,7 @@ struct UnitTiles {
   Range needed;
   int first, num;
 
-  template <class T>
-  __device__ UnitTiles(const Attention<T> &attention, const Piece &piece)
+  __device__ UnitTiles(const Question &attention, const Piece &piece)
       : needed(common(seen_by_unit(attention, piece.unit), {piece.splits.first * kSplit, piece.splits.last * kSplit})) {
     first = needed.first / kTile;
     num = needed.is_empty() ? 0 : (needed.last + kTile - 1) / kTile - first;
@@ -128,18 +132,15 @@ struct UnitTiles {
 template <int kRows = kUnitRows, unsigned kThreads = kAttentionThreads>
 class Schedule {
  public:
-  template <class T>
-  __device__ static int num_rows(const Attention<T> &attention, int b) {
+  __device__ static int num_rows(const Question &attention, int b) {
     return attention.num_queries(b) * attention.group;
   }
 
-  template <class T>
-  __device__ static bool is_cut_by_splits(const Attention<T> &attention, int b) {
+  __device__ static bool is_cut_by_splits(const Question &attention, int b) {
     return num_rows(attention, b) <= kFewRows;
   }
 
-  template <class T>
-  __device__ Schedule(const Attention<T> &attention, bool by_splits) : by_splits_(by_splits) {
+  __device__ Schedule(const Question &attention, bool by_splits) : by_splits_(by_splits) {
     using Firsts = int[kMaxSequences + 1];
     LMI_SHARED(Firsts, firsts);
     firsts_ = firsts;
@@ -164,8 +165,7 @@ class Schedule {
 
   __device__ int num_pieces() const { return firsts_[kMaxSequences]; }
 
-  template <class T>
-  __device__ Piece piece(const Attention<T> &attention, int index) const {
+  __device__ Piece piece(const Question &attention, int index) const {
     int b = 0; /* the last sequence that begins at or before index */
     for (int step = kMaxSequences / 2; step > 0; step /= 2) {
       if (b + step < num_sequences_ && firsts_[b + step] <= index) b += step;
@@ -180,23 +180,19 @@ class Schedule {
   }
 
   /* Index of the piece with this row of a sequence that is cut by splits; the next split's stands `splits_apart` further. */
-  template <class T>
-  __device__ int index_of(const Attention<T> &attention, int b, int head, int row) const {
+  __device__ int index_of(const Question &attention, int b, int head, int row) const {
     return firsts_[b] + head * num_units(attention, b) + row / kRows;
   }
-  template <class T>
-  __device__ int splits_apart(const Attention<T> &attention, int b) const {
+  __device__ int splits_apart(const Question &attention, int b) const {
     return attention.num_kv_heads * num_units(attention, b);
   }
 
  private:
-  template <class T>
-  __device__ static int num_units(const Attention<T> &attention, int b) {
+  __device__ static int num_units(const Question &attention, int b) {
     return (num_rows(attention, b) + kRows - 1) / kRows;
   }
 
-  template <class T>
-  __device__ int num_pieces(const Attention<T> &attention, int b) const {
+  __device__ int num_pieces(const Question &attention, int b) const {
     const int units = num_units(attention, b) * attention.num_kv_heads;
     if (units == 0 || is_cut_by_splits(attention, b) != by_splits_) return 0;
     const Range splits = splits_of(attention, b);

@@ -1,39 +1,47 @@
 /* Attention of a unit (16 rows) over tiles of 64 keys on tensor cores, bf16 and fp16, sm_80 and later. A KV head is read once for
  * all query heads of its group. Four warps share a unit: each makes the scores of 16 keys, all read all scores, and each sums the
  * values of a quarter of D, so that nothing is added across warps. Tiles of keys and values come in turn through a ring in shared
- * memory, several on their way at a time; bound by the reading of the cache. */
+ * memory, several on their way at a time; those of an fp8 cache are widened to T, exactly, in a place of its own when their turn
+ * comes. Bound by the reading of the cache. */
 #pragma once
 #include "cuda/attention_problem.cuh"
 #include "cuda/attention_state.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/fp8.cuh"
 
 namespace lmi::cuda {
 
+constexpr int kScoreStride = 24; /* floats between rows of 16 scores: eight rows in different banks */
+
 /* kPadded: D filled up to 64, 128 or 256. */
-template <class T, int kPadded>
+template <class T, class Cached, int kPadded>
 struct TileShape {
-  static constexpr int kChunks = kPadded / 8;            /* of 16 bytes, in a row */
+  static constexpr bool kIsWidened = !std::is_same_v<T, Cached>;
+  static constexpr int kEach = 16 / static_cast<int>(sizeof(Cached)); /* elements of a copy */
   static constexpr int kTileElements = kTile * kPadded;
-  static constexpr int kSlots = kPadded == 64 ? 8 : kPadded == 128 ? 6 : 3;
-  static constexpr int kAhead = kSlots - 2;              /* tiles on their way; the slot before the current one is still read */
-  static constexpr int kColumns = kPadded / 4;           /* of D that a warp sums */
-  static constexpr int kSharedBytes = kSlots * kTileElements * static_cast<int>(sizeof(T));
+  static constexpr int kSlots = kIsWidened ? (kPadded == 64 ? 16 : kPadded == 128 ? 8 : 3) : kPadded == 64 ? 8 : kPadded == 128 ? 6 : 3;
+  /* tiles on their way; the slot before the current one is still read, unless it was widened */
+  static constexpr int kAhead = kSlots - (kIsWidened ? 1 : 2);
+  static constexpr int kColumns = kPadded / 4; /* of D that a warp sums */
+  static constexpr int kRingBytes = kSlots * kTileElements * static_cast<int>(sizeof(Cached));
+  static constexpr int kWidenedBytes = kIsWidened ? kTileElements * static_cast<int>(sizeof(T)) : 0;
+  static constexpr int kScoreBytes = kIsWidened ? kTile * kScoreStride * static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kSharedBytes = kRingBytes + kWidenedBytes + kScoreBytes;
   static_assert(kSharedBytes <= 96 << 10, "what every GPU has for a block");
 };
 
-constexpr int kScoreStride = 24; /* floats between rows of 16 scores: eight rows in different banks */
 
 /* One unit at work; a thread's view. */
-template <class T, int kPadded>
+template <class T, class Cached, int kPadded>
 class UnitAtWork {
-  using Tiles = TileShape<T, kPadded>;
+  using Tiles = TileShape<T, Cached, kPadded>;
   static constexpr int kProducts = Tiles::kColumns / 8;
 
  public:
   using State = RowState<kProducts>;
 
-  __device__ UnitAtWork(const Attention<T> &attention, const Piece &piece, T *ring)
-      : attention_(attention), piece_(piece), unit_(piece.unit), ring_(ring), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
+  /* memory: kSharedBytes of shared memory */
+  __device__ UnitAtWork(const Attention<T, Cached> &attention, const Piece &piece, char *memory)
+      : attention_(attention), piece_(piece), unit_(piece.unit), memory_(memory), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {
     const UnitTiles tiles(attention, piece);
     needed_ = tiles.needed;
     first_tile_ = tiles.first;
@@ -60,10 +68,10 @@ class UnitAtWork {
         total.merge(part);
         part.clear();
       }
-      await(2 * tile);
-      score_keys(slot(2 * tile), tile);
-      await(2 * tile + 1);
-      add_values(slot(2 * tile), slot(2 * tile + 1), part);
+      T *const keys = await(2 * tile);
+      score_keys(keys, tile);
+      const T *const values = await(2 * tile + 1);
+      add_values(keys, values, part);
     }
     total.merge(part);
     __syncthreads(); /* the ring is free for the next unit */
@@ -72,39 +80,68 @@ class UnitAtWork {
  private:
   /* ---- tiles on their way: keys of tile i are step 2i, its values step 2i + 1 ---- */
 
-  __device__ T *slot(int step) const { return ring_ + step % Tiles::kSlots * Tiles::kTileElements; }
+  __device__ Cached *slot(int step) const { return reinterpret_cast<Cached *>(memory_) + step % Tiles::kSlots * Tiles::kTileElements; }
+  __device__ T *widened() const { return reinterpret_cast<T *>(memory_ + Tiles::kRingBytes); }
 
-  /* Where chunk c of row r lies in a slot: exchanged so that eight rows of a column of chunks lie in different banks. */
+  /* Scores of a warp's 16 keys, [16 rows, kScoreStride]: in a place of its own, or over the keys, which no other warp reads. */
+  __device__ float *scores_of(int warp, T *keys) const {
+    if constexpr (!Tiles::kIsWidened) return reinterpret_cast<float *>(keys + warp * 16 * kPadded);
+    return reinterpret_cast<float *>(memory_ + Tiles::kRingBytes + Tiles::kWidenedBytes) + warp * 16 * kScoreStride;
+  }
+
+  /* Where chunk c, eight elements of T, of row r lies in a tile: exchanged so that eight rows of a column of chunks lie in different
+   * banks. */
   __device__ static int offset(int row, int chunk) { return row * kPadded + (chunk ^ (row & 7)) * 8; }
 
   __device__ void stage(int step) const {
     if (step < 2 * num_tiles_) {
-      const Heads<const T> &cache = step % 2 ? attention_.v_cache : attention_.k_cache;
+      constexpr int kCopies = kPadded / Tiles::kEach; /* of a row */
+      const Heads<const Cached> &cache = step % 2 ? attention_.v_cache : attention_.k_cache;
       const int first_key = (first_tile_ + step / 2) * kTile;
-      for (int i = threadIdx.x; i < kTile * Tiles::kChunks; i += kAttentionThreads) {
-        const int row = i / Tiles::kChunks, chunk = i % Tiles::kChunks, key = first_key + row;
-        const bool exists = key >= needed_.first && key < needed_.last && chunk * 8 < attention_.size;
-        stage_chunk(slot(step) + offset(row, chunk), cache, key, chunk, exists);
+      for (int i = threadIdx.x; i < kTile * kCopies; i += kAttentionThreads) {
+        const int row = i / kCopies, column = i % kCopies * Tiles::kEach, key = first_key + row;
+        const bool exists = key >= needed_.first && key < needed_.last && column < attention_.size;
+        stage_chunk(slot(step) + (Tiles::kIsWidened ? row * kPadded + column : offset(row, column / 8)), cache, key, column, exists);
       }
     }
     ptx::commit_copies(); /* of nothing beyond the last tile, so that a group is a step */
   }
 
-  /* Eight elements of a key, or zeros. */
-  __device__ void stage_chunk(T *to, const Heads<const T> &cache, int key, int chunk, bool exists) const {
-    const T *const from = exists ? attention_.cached(cache, unit_.sequence, unit_.head, key) + chunk * 8 : cache.data;
+  /* 16 bytes of a key, or zeros. */
+  __device__ void stage_chunk(Cached *to, const Heads<const Cached> &cache, int key, int column, bool exists) const {
+    const Cached *const from = exists ? attention_.cached(cache, unit_.sequence, unit_.head, key) + column : cache.data;
     if (attention_.is_aligned) {
       ptx::copy_async(ptx::shared_address(to), from, exists ? 16 : 0);
       return;
     }
-    for (int i = 0; i < 8; ++i) to[i] = exists ? from[i] : from_float<T>(0.0f);
+    for (int i = 0; i < Tiles::kEach; ++i) to[i] = exists && column + i < attention_.size ? from[i] : from_float<Cached>(0.0f);
   }
 
-  /* Until this step's tile is there for all threads; what they read two steps ago makes room for another. */
-  __device__ void await(int step) const {
+  /* This step's tile once it is there for all threads; what they have read makes room for another. */
+  __device__ T *await(int step) const {
     ptx::wait_copies<Tiles::kAhead - 1>();
     __syncthreads();
     stage(step + Tiles::kAhead);
+    if constexpr (Tiles::kIsWidened) {
+      widen_tile(slot(step));
+      __syncthreads();
+      return widened();
+    } else {
+      return slot(step);
+    }
+  }
+
+  /* All threads: the tile of fp8 as one of T. */
+  __device__ void widen_tile(const Cached *from) const {
+    constexpr int kChunks = kPadded / 8;
+#pragma unroll 1 /* registers are few */
+    for (int i = threadIdx.x; i < kTile * kChunks; i += kAttentionThreads) {
+      const Pack<uint32_t, 2> bytes = *reinterpret_cast<const Pack<uint32_t, 2> *>(from + i * 8);
+      Pack<uint32_t[2], 2> numbers;
+      widen<T>(bytes.at[0], numbers.at[0]);
+      widen<T>(bytes.at[1], numbers.at[1]);
+      *reinterpret_cast<Pack<uint32_t[2], 2> *>(widened() + offset(i / kChunks, i % kChunks)) = numbers;
+    }
   }
 
   /* ---- scores ---- */
@@ -126,7 +163,7 @@ class UnitAtWork {
     }
   }
 
-  /* Scores of this warp's 16 keys, for all rows, over the place of the keys themselves, which nobody else reads. */
+  /* Scores of this warp's 16 keys, for all rows. */
   __device__ void score_keys(T *keys, int tile) const {
     float products[2][4] = {};
     const int own = warp_ * 16;
@@ -140,7 +177,7 @@ class UnitAtWork {
       ptx::multiply<T>(products[1], q_[k], right);
     }
     __syncwarp(); /* all lanes have read the keys */
-    float *const scores = reinterpret_cast<float *>(keys + own * kPadded);
+    float *const scores = scores_of(warp_, keys);
     const int first_key = (first_tile_ + tile) * kTile + own;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -157,10 +194,10 @@ class UnitAtWork {
   /* ---- softmax and values ---- */
 
   /* Scores of all 64 keys of the lane's two rows, in the layout of products: eight of 8 keys. */
-  __device__ void read_scores(const T *keys, float (&scores)[8][4]) const {
+  __device__ void read_scores(T *keys, float (&scores)[8][4]) const {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float *const of_warp = reinterpret_cast<const float *>(keys + n / 2 * 16 * kPadded);
+      const float *const of_warp = scores_of(n / 2, keys);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scores[n][i] = of_warp[(lane_ / 4 + i / 2 * 8) * kScoreStride + n % 2 * 8 + lane_ % 4 * 2 + i % 2];
@@ -169,7 +206,7 @@ class UnitAtWork {
   }
 
   /* state.values += weights * values, 16 keys at a time in ascending order. */
-  __device__ void add_values(const T *keys, const T *values, State &state) const {
+  __device__ void add_values(T *keys, const T *values, State &state) const {
     float scores[8][4];
     read_scores(keys, scores);
     float keep[2];
@@ -193,10 +230,10 @@ class UnitAtWork {
     }
   }
 
-  const Attention<T> &attention_;
+  const Attention<T, Cached> &attention_;
   const Piece &piece_;
   const Unit &unit_;
-  T *const ring_;
+  char *const memory_;
   const int lane_, warp_;
   Range needed_, seen_[2] = {};
   int first_tile_, num_tiles_, position_[2] = {}, head_[2] = {};
@@ -216,9 +253,9 @@ struct PieceStates {
 };
 
 /* fn(row, column, value, r) for each of the lane's values of rows and columns that exist. */
-template <class T, int kPadded, class State, class Function>
-__device__ void for_values(const Attention<T> &attention, const Unit &unit, const State &state, Function fn) {
-  constexpr int kColumns = TileShape<T, kPadded>::kColumns;
+template <int kPadded, class State, class Function>
+__device__ void for_values(const Question &attention, const Unit &unit, const State &state, Function fn) {
+  constexpr int kColumns = kPadded / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
@@ -230,18 +267,17 @@ __device__ void for_values(const Attention<T> &attention, const Unit &unit, cons
   }
 }
 
-template <class T, int kPadded, class State>
-__device__ void write_out(const Attention<T> &attention, const Unit &unit, const State &state) {
-  for_values<T, kPadded>(attention, unit, state, [&](int row, int column, float value, int r) {
+template <int kPadded, class T, class Cached, class State>
+__device__ void write_out(const Attention<T, Cached> &attention, const Unit &unit, const State &state) {
+  for_values<kPadded>(attention, unit, state, [&](int row, int column, float value, int r) {
     const int token = attention.starts[unit.sequence] + query_of(attention, unit, row);
-    const float result = state.sum[r] == 0.0f ? 0.0f : value / state.sum[r]; /* a row without keys gives 0 */
-    attention.out.at(token, head_of(attention, unit, row))[column] = from_float<T>(result);
+    attention.out.at(token, head_of(attention, unit, row))[column] = from_float<T>(attention.result(value, state.sum[r]));
   });
 }
 
-template <class T, int kPadded, class State>
-__device__ void write_state(const Attention<T> &attention, const Unit &unit, const State &state, PieceStates<kPadded> states, int piece) {
-  for_values<T, kPadded>(attention, unit, state, [&](int row, int column, float value, int) { states.values(piece, row)[column] = value; });
+template <int kPadded, class State>
+__device__ void write_state(const Question &attention, const Unit &unit, const State &state, PieceStates<kPadded> states, int piece) {
+  for_values<kPadded>(attention, unit, state, [&](int row, int column, float value, int) { states.values(piece, row)[column] = value; });
   if (threadIdx.x % 4 != 0 || threadIdx.x >= 32) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -252,24 +288,24 @@ __device__ void write_state(const Attention<T> &attention, const Unit &unit, con
 
 /* ---- kernels ---- */
 
-/* Blocks take pieces in turn. by_splits: the sequences with few rows; else the others. */
-template <class T, int kPadded>
-__global__ void __launch_bounds__(kAttentionThreads) attend_kernel(Attention<T> attention, PieceStates<kPadded> states, bool by_splits) {
-  T *const ring = dynamic_shared<T>();
+/* Blocks take pieces in turn, two on a multiprocessor. by_splits: the sequences with few rows; else the others. */
+template <class T, class Cached, int kPadded>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    attend_kernel(Attention<T, Cached> attention, PieceStates<kPadded> states, bool by_splits) {
+  char *const memory = dynamic_shared<char>();
   const Schedule<> schedule(attention, by_splits);
   for (int index = blockIdx.x; index < schedule.num_pieces(); index += gridDim.x) {
     const Piece piece = schedule.piece(attention, index);
     const Range all = splits_of(attention, piece.unit.sequence);
-    typename UnitAtWork<T, kPadded>::State state;
-    UnitAtWork<T, kPadded>(attention, piece, ring).attend(state);
-    if (by_splits && all.last - all.first > 1) write_state<T, kPadded>(attention, piece.unit, state, states, index);
-    else write_out<T, kPadded>(attention, piece.unit, state);
+    typename UnitAtWork<T, Cached, kPadded>::State state;
+    UnitAtWork<T, Cached, kPadded>(attention, piece, memory).attend(state);
+    if (by_splits && all.last - all.first > 1) write_state<kPadded>(attention, piece.unit, state, states, index);
+    else write_out<kPadded>(attention, piece.unit, state);
   }
 }
 
 /* The sequence of a token: the last that begins at or before it. */
-template <class T>
-__device__ int sequence_of(const Attention<T> &attention, int token) {
+__device__ inline int sequence_of(const Question &attention, int token) {
   int b = 0;
   for (int step = kMaxSequences / 2; step > 0; step /= 2) {
     if (b + step < attention.num_sequences && attention.starts[b + step] <= token) b += step;
@@ -279,7 +315,7 @@ __device__ int sequence_of(const Attention<T> &attention, int token) {
 
 /* A warp owns a row whose splits were pieces of their own, and merges them in ascending order. */
 template <class T, int kPadded>
-__global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Attention<T> attention, PieceStates<kPadded> states) {
+__global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Question attention, Heads<T> outs, PieceStates<kPadded> states) {
   const Schedule<> schedule(attention, true);
   const int lane = threadIdx.x % 32, num_warps = gridDim.x * kAttentionThreads / 32;
   const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
@@ -301,10 +337,10 @@ __global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Attention<T> a
       sum = both(sum, part_sum);
       max = both.max;
     }
-    T *const out = attention.out.at(token, head);
+    T *const out = outs.at(token, head);
 #pragma unroll
     for (int d = 0; d < kPadded / 32; ++d) {
-      if (d * 32 + lane < attention.size) out[d * 32 + lane] = from_float<T>(sum == 0.0f ? 0.0f : values[d] / sum);
+      if (d * 32 + lane < attention.size) out[d * 32 + lane] = from_float<T>(attention.result(values[d], sum));
     }
   }
 }

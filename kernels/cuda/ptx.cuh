@@ -189,4 +189,43 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+/* ---- two numbers of a register times two others, subnormal ones too, each rounded ---- */
+
+template <class Element>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+
+#if defined(LMI_SIM)
+template <class Element>
+inline uint32_t multiply_each(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const Element left{static_cast<uint16_t>(a >> half)}, right{static_cast<uint16_t>(b >> half)};
+    product |= static_cast<uint32_t>(from_float<Element>(to_float(left) * to_float(right)).bits) << half;
+  }
+  return product;
+}
+#endif
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<bf16>(uint32_t a, uint32_t b) {
+#if defined(LMI_SIM)
+  return multiply_each<bf16>(a, b);
+#else
+  uint32_t product; /* plus -0, for a product alone asks for sm_90 */
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+#endif
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<f16>(uint32_t a, uint32_t b) {
+#if defined(LMI_SIM)
+  return multiply_each<f16>(a, b);
+#else
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+#endif
+}
+
 }  // namespace lmi::ptx

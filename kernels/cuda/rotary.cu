@@ -1,6 +1,6 @@
 /* Rotary embedding of q and k in place, and the write of k and v into their cache slots. A block owns a token: its threads turn
  * packs of pairs, then copy the token's rows of k and v; bound by memory. A row or slot out of range leaves the token as it is. */
-#include "cuda/memory.cuh"
+#include "cuda/fp8.cuh"
 #include "cuda/operations.cuh"
 
 namespace lmi::cuda {
@@ -23,13 +23,15 @@ struct Heads {
   }
 };
 
-template <class T>
+template <class T, class Cached>
 struct Rotary {
-  Heads<T> q, k, v, k_cache, v_cache;
+  Heads<T> q, k, v;
+  Heads<Cached> k_cache, v_cache;
   const float *cos, *sin;
   const int *rows, *slots;
   int64_t cos_stride, sin_stride, num_rows, num_blocks;
   int half, size, block_size;
+  float k_scale, v_scale;
 };
 
 /* kNum pairs from pair i on: (h[i], h[i+half]), or (h[2i], h[2i+1]) if kInterleaved. */
@@ -52,8 +54,8 @@ __device__ void rotate(T *head, const float *cos, const float *sin, int i, int h
   write_floats(second, y[1]);
 }
 
-template <class T, int kNum, bool kInterleaved>
-__device__ void rotate_heads(const Rotary<T> &rotary, const Heads<T> &x, int64_t token, int64_t row) {
+template <int kNum, bool kInterleaved, class T, class Cached>
+__device__ void rotate_heads(const Rotary<T, Cached> &rotary, const Heads<T> &x, int64_t token, int64_t row) {
   const int packs = rotary.half / kNum;
   const float *const cos = rotary.cos + row * rotary.cos_stride, *const sin = rotary.sin + row * rotary.sin_stride;
   for (int i = threadIdx.x; i < x.num * packs; i += blockDim.x) {
@@ -61,54 +63,66 @@ __device__ void rotate_heads(const Rotary<T> &rotary, const Heads<T> &x, int64_t
   }
 }
 
-template <class T, int kNum>
-__device__ void write_slot(const Rotary<T> &rotary, const Heads<T> &x, const Heads<T> &cache, int64_t token, int64_t slot) {
-  const int packs = rotary.size / kNum;
-  for (int i = threadIdx.x; i < x.num * packs; i += blockDim.x) {
-    const int head = i / packs, d = i % packs * kNum;
-    T *const to = cache.at(slot / rotary.block_size, head, slot % rotary.block_size) + d;
-    store_pack<kNum>(to, load_pack<kNum>(x.at(token, head) + d));
+/* x / scale if the cache is fp8, else x. */
+template <int kNum, class T, class Cached>
+__device__ void write_pack(Cached *to, const T *from, float scale) {
+  if constexpr (std::is_same_v<T, Cached>) {
+    store_pack<kNum>(to, load_pack<kNum>(from));
+  } else {
+    float x[kNum];
+    read_floats(from, x);
+#pragma unroll
+    for (int i = 0; i < kNum; ++i) x[i] /= scale;
+    write_floats(to, x);
   }
 }
 
-template <class T, int kNum, bool kInterleaved>
-__global__ void rotary_kernel(Rotary<T> rotary) {
+template <int kNum, class T, class Cached>
+__device__ void write_slot(const Heads<T> &x, const Heads<Cached> &cache, int64_t token, int64_t block, int64_t place, int size, float scale) {
+  const int packs = size / kNum;
+  for (int i = threadIdx.x; i < x.num * packs; i += blockDim.x) {
+    const int head = i / packs, d = i % packs * kNum;
+    write_pack<kNum>(cache.at(block, head, place) + d, x.at(token, head) + d, scale);
+  }
+}
+
+template <class T, class Cached, int kNum, bool kInterleaved>
+__global__ void rotary_kernel(Rotary<T, Cached> rotary) {
   const int64_t token = blockIdx.x;
   const int64_t row = rotary.cos ? rotary.rows[token] : -1, slot = rotary.k.data ? rotary.slots[token] : -1;
   if (row >= 0 && row < rotary.num_rows) {
-    rotate_heads<T, kNum, kInterleaved>(rotary, rotary.q, token, row);
-    rotate_heads<T, kNum, kInterleaved>(rotary, rotary.k, token, row);
+    rotate_heads<kNum, kInterleaved>(rotary, rotary.q, token, row);
+    rotate_heads<kNum, kInterleaved>(rotary, rotary.k, token, row);
     __syncthreads(); /* the heads of k are copied by other threads than those that turned them */
   }
   if (slot < 0 || slot >= rotary.num_blocks * rotary.block_size) return;
-  write_slot<T, kNum>(rotary, rotary.k, rotary.k_cache, token, slot);
-  write_slot<T, kNum>(rotary, rotary.v, rotary.v_cache, token, slot);
+  const int64_t block = slot / rotary.block_size, place = slot % rotary.block_size;
+  write_slot<kNum>(rotary.k, rotary.k_cache, token, block, place, rotary.size, rotary.k_scale);
+  write_slot<kNum>(rotary.v, rotary.v_cache, token, block, place, rotary.size, rotary.v_scale);
 }
 
-template <class T>
-Rotary<T> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
+template <class T, class Cached>
+Rotary<T, Cached> rotary_of(const lmi_rotary_args &args, const lmi_tensor &one) {
   return {args.q, args.k, args.v, args.k_cache, args.v_cache, vector_of<float>(args.cos), vector_of<float>(args.sin),
           vector_of<int>(args.rows), vector_of<int>(args.slots), args.cos.stride[0], args.sin.stride[0], args.cos.size[0],
           args.k_cache.size[0], is_given(args.cos) ? static_cast<int>(args.cos.size[1]) : 0, static_cast<int>(one.size[2]),
-          is_given(args.k_cache) ? static_cast<int>(args.k_cache.size[2]) : 1};
+          is_given(args.k_cache) ? static_cast<int>(args.k_cache.size[2]) : 1, args.k_scale, args.v_scale};
 }
 
 }  // namespace
 
 void rotary(const lmi_rotary_args &args, cudaStream_t stream) {
   check_arguments(args);
-  if (is_given(args.k_cache) && args.k_cache.dtype == LMI_F8E4M3) {
-    throw Error(LMI_UNSUPPORTED, "caches in F8E4M3 are the CPU column's as yet");
-  }
   const lmi_tensor &one = is_given(args.q) ? args.q : args.k;
-  with_dtype(one.dtype, [&](auto zero) {
+  with_cached(one.dtype, args.k_cache.dtype, [&](auto zero, auto cached) {
     using T = decltype(zero);
-    const Rotary<T> rotary = rotary_of<T>(args, one);
+    using Cached = decltype(cached);
+    const Rotary<T, Cached> rotary = rotary_of<T, Cached>(args, one);
     const bool wide = is_wide({&args.q, &args.k, &args.v, &args.k_cache, &args.v_cache}) && rotary.half * sizeof(T) % 16 == 0;
     with_width<T>(wide, [&](auto num) {
       const int64_t heads = std::max<int64_t>(rotary.q.num, rotary.k.num);
       const Shape shape{static_cast<unsigned>(one.size[0]), threads_for(heads * rotary.size / num / 2, kMaxThreads)};
-      const auto kernel = args.interleaved ? rotary_kernel<T, num, true> : rotary_kernel<T, num, false>;
+      const auto kernel = args.interleaved ? rotary_kernel<T, Cached, num, true> : rotary_kernel<T, Cached, num, false>;
       launch("rotary", kernel, shape, stream, rotary);
     });
   });

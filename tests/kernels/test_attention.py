@@ -340,7 +340,6 @@ def test_twin_reads_fp8_by_its_scales() -> None:
     assert_close(batch.twin(**SCALES), replace(batch, k_cache=k, v_cache=v).dense().float())
 
 
-@pytest.mark.cpu_column
 @pytest.mark.parametrize("size", [40, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_is_read_as_the_numbers_it_stands_for(library: Library, dtype: torch.dtype, size: int) -> None:
@@ -359,7 +358,20 @@ def test_fp8_is_read_as_the_numbers_it_stands_for(library: Library, dtype: torch
     assert out.isfinite().all()
 
 
-@pytest.mark.cpu_column
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_fp8_stays_one(library: Library, dtype: torch.dtype) -> None:
+    """Of either sign, in the values of one key and head: its column alone; in a key: the whole row."""
+    batch = Batch.of((70,), (1,), dtype=dtype, cache=FP8)
+    batch.v_cache[batch.tables[0, 1], 0, 3, 5:7] = torch.tensor([127, 255], dtype=torch.uint8).view(FP8)
+    batch.k_cache[batch.tables[0, 1], 1, 3, 5] = NAN
+
+    out = batch.run()[0].isnan()
+
+    assert out[2:].all()
+    assert out[:2].sum(1).tolist() == [2, 2]
+    assert out[:2, 5:7].all()
+
+
 @pytest.mark.parametrize("options", [OPTIONS["all"], OPTIONS["whole relative"]], ids=["all", "whole relative"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_to_fp8_matches_twin(library: Library, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -373,7 +385,6 @@ def test_attention_to_fp8_matches_twin(library: Library, dtype: torch.dtype, opt
     assert_close(batch.run(**SCALES, **options), batch.twin(**SCALES, **options), factor=factor, slack=slack)
 
 
-@pytest.mark.cpu_column
 def test_fp8_bits_do_not_depend_on_the_batch(library: Library) -> None:
     """A prompt whole, in chunks, and as decodes among others."""
     options = {**SCALES, **OPTIONS["all"]}

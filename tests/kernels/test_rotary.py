@@ -81,7 +81,6 @@ def test_rotary_matches_twin(library: Library, dtype: torch.dtype, sizes: tuple[
         assert_close(arguments[name], twins[name])
 
 
-@pytest.mark.cpu_column
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [(5, 4, 2, 24, 8), (113, 8, 1, 64, 32)])
 def test_fp8_cache_is_written_as_the_twin_does(library: Library, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
@@ -95,7 +94,6 @@ def test_fp8_cache_is_written_as_the_twin_does(library: Library, dtype: torch.dt
     assert all(same_bits(arguments[name], twins[name]) for name in ("k", "v", "k_cache", "v_cache"))
 
 
-@pytest.mark.cpu_column
 def test_turned_keys_go_to_fp8(library: Library) -> None:
     turned, plain = case(33, 6, 6, 80, 20, torch.bfloat16, FP8), case(33, 6, 6, 80, 20, torch.bfloat16)
 
@@ -134,7 +132,6 @@ def test_twin_takes_the_nearest_number_of_fp8() -> None:
     assert cache.tolist() == [nearest(each) for each in x.tolist()]
 
 
-@pytest.mark.cpu_column
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_takes_the_nearest_number_of_fp8(library: Library, dtype: torch.dtype) -> None:
     """Every 16-bit number there is; in fp32 those on either side of a border."""

@@ -52,7 +52,7 @@ def logits_of(runner: Runner) -> torch.Tensor:
     return driving.logits_at_every_position(runner, PROMPTS[0])
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+@pytest.mark.parametrize("kernels", ["cpu", "torch", "sim"])
 def test_fp8_cache_is_transformers_with_rounded_keys_and_values(folder: Path, rounded: torch.Tensor, kernels: str) -> None:
     exact = tiny_models.teacher_forced(tiny_models.build("llama2-gqa"), PROMPTS[0])
 
@@ -83,6 +83,15 @@ def test_fp8_logits_have_equal_bits_in_any_company(folder: Path, dtype: str) -> 
     assert cached.prefix_hit_tokens > 0
     for other in (batched, chunked, preempted, found):
         assert all(torch.equal(other[number], alone[number]) for number in PROMPTS)
+
+
+def test_stand_in_gives_equal_bits_in_chunks(folder: Path) -> None:
+    with ops.using("cpu", 1):
+        runner = driving.make_runner(folder, "sim", dtype="bf16", **FP8)
+        whole = driving.run(runner, driving.make_scheduler(runner), {0: PROMPTS[2]}, 4)
+        cut = driving.run(runner, driving.make_scheduler(runner, max_prefill_tokens=9, prefill_chunk_tokens=9), PROMPTS, 4)
+
+    assert torch.equal(cut[2].rows, whole[0].rows)
 
 
 def test_cross_attention_reads_fp8_of_the_same_pool(tmp_path: Path) -> None:
