@@ -208,7 +208,7 @@ class Host:
 
     async def _back_off(self, reason: str, failures: int) -> None:
         self.num_restarts += self.state == "ready"
-        delay_s = min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S)
+        delay_s = min(BACKOFF_S * 2 ** (failures - 2), MAX_BACKOFF_S) if failures > 1 else 0.0  # the first may be bad luck
         logger.error("%s; next try in %g s", reason, delay_s)
         self._enter("loading", f"{reason}; it is being restarted")
         await asyncio.sleep(delay_s)
@@ -246,25 +246,26 @@ class Host:
         limit_s = self._limits.step_timeout_s
         self._failing, was_idle, num_seen, rest_s = "", True, group.num_opened, limit_s
         while not group.died.done():
-            await asyncio.wait({group.died}, timeout=min(WATCH_INTERVAL_S, limit_s / 5, rest_s + 0.01))
+            unseen_s = min(WATCH_INTERVAL_S, limit_s / 5, rest_s + 0.01)
+            await asyncio.wait({group.died}, timeout=unseen_s)
             is_idle = group.num_streams == 0 and group.num_opened == num_seen
             if group.died.done() or (is_idle and was_idle):  # once more when it has become idle: how did its last steps end?
                 continue
             was_idle, num_seen = is_idle, group.num_opened
             try:
-                rest_s = await self._look_at(group, limit_s)
+                rest_s = await self._look_at(group, limit_s, unseen_s)
             except (TimeoutError, asyncio.TimeoutError):
                 group.die(f"the worker of model {self.name} did not answer within predict_timeout={limit_s:g} s")
             except WorkerLostError as error:
                 group.die(str(error))
         return group.died.result()
 
-    async def _look_at(self, group: Group, limit_s: float) -> float:
+    async def _look_at(self, group: Group, limit_s: float, unseen_s: float) -> float:
         """Ask for the counters: is it stuck in a step, do its steps fail? Returns how long its step may still take.
-        Raises TimeoutError, WorkerLostError."""
+        It was last seen `unseen_s` ago. Raises TimeoutError, WorkerLostError."""
         self._asked_at = time.monotonic()
         try:
-            stats = await group.stats(limit_s)
+            stats = await group.stats(limit_s - unseen_s)
         finally:
             self._asked_at = None
         rest_s = limit_s - float(stats["busy_s"])

@@ -90,11 +90,12 @@ def _mpirun() -> str:
 
 
 def _variables(folder: Path, environment: Mapping[str, str] | None) -> list[str]:
-    """A command in front of mpirun's: what Open MPI 5 and 4 leave behind when they are killed shall lie in `folder`. And mpirun
-    wants a home, which a service of systemd does not have."""
+    """A command in front of mpirun's: what Open MPI 5 and 4 leave behind when they are killed shall lie in `folder`, and ranks of
+    one machine need no libfabric, which looks for networks for a second. And mpirun wants a home, which a service of systemd does
+    not have."""
     names = ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base", "OMPI_MCA_btl_sm_backing_directory")
     places = [f"{name}={folder}" for name in (*names, "OMPI_MCA_btl_vader_backing_directory")]
-    return ["env", *places, f"HOME={(environment or {}).get('HOME', os.path.expanduser('~'))}"]
+    return ["env", "OMPI_MCA_btl=^ofi", *places, f"HOME={(environment or {}).get('HOME', os.path.expanduser('~'))}"]
 
 
 def _free_port() -> int:
