@@ -1,5 +1,6 @@
-"""Hosts that ask every rank (DJL 0.26 to 0.29) get from each what rank 0 has answered: it shares its replies, the others repeat
-them.
+"""Hosts that ask every rank (DJL 0.26 to 0.29, later ones with `use_passive_workers=false`) get from each what rank 0 has answered:
+it shares its replies, the others repeat them. Not so in async mode, where a host passes on the frames of all that answer: there
+the others are silent.
 
 A message between ranks is one letter and what it announces: `w` a whole reply, `s` the header of a stream, `p` one of its texts,
 `e` its end. Replies are in the order of requests, which all ranks get alike.
@@ -34,6 +35,8 @@ class Sharing:
         self.abort, self.stats, self.drain = served.abort, served.stats, served.drain
 
     async def answer(self, inputs: Input, *, is_async: bool) -> Answer:
+        if _is_for_one(inputs, is_async=is_async):
+            return await self._served.answer(inputs, is_async=True)
         try:
             answer = await self._served.answer(inputs, is_async=False)
         except Exception as error:  # the other ranks wait for a reply, whatever it is
@@ -89,6 +92,8 @@ class Following:
             os._exit(1)
 
     async def answer(self, inputs: Input, *, is_async: bool) -> Answer:
+        if _is_for_one(inputs, is_async=is_async):
+            return _silence()
         kind, data = await self._next()
         output = read(self._codec.response(), io.BytesIO(data))
         return (output, self._texts()) if kind == STREAM else output
@@ -112,3 +117,14 @@ class Following:
 
     async def drain(self) -> None:
         """Rank 0 does."""
+
+
+def _is_for_one(inputs: Input, *, is_async: bool) -> bool:
+    """A request of async mode. What is merged there comes from a host that rolls batches all the same (contract 2.7)."""
+    return is_async and not inputs.is_batch()
+
+
+async def _silence() -> AsyncIterator[Output]:
+    """No frame at all."""
+    for nothing in ():
+        yield nothing

@@ -24,6 +24,7 @@ from lmi_dist_handler.todays_responses import TodaysFormatter, TodaysJson, Today
 from lmi_dist_handler.wire import Input
 
 if TYPE_CHECKING:
+    from lmi_dist_handler.dialects import LmiDialect
     from lmi_dist_handler.openai_requests import EngineView
     from lmi_dist_handler.settings import HandlerConfig
 
@@ -87,7 +88,8 @@ def parse_whole(inputs: Input, engine: "EngineView", handler: "HandlerConfig", o
     wishes = _wishes(parameters, prompts[0], handler)
     form = "json" if handler.enable_streaming == "false" else "jsonlines"
     if form == "jsonlines" and wishes.num_candidates > 1:
-        raise parameters.refuse("n" if "n" in parameters else "best_of", "is for whole answers; leave it out with enable_streaming")
+        name = _name_of_n(parameters, handler.dialect)
+        raise parameters.refuse(name, "is for whole answers; leave it out with enable_streaming")
     requests = _requests(prompts, parameters, _params(parameters, wishes, form, engine), engine)
     fields.ignore("stream")
     fields.warn_of_unknown()
@@ -192,34 +194,41 @@ def _form(parameters: Fields, stream: bool, handler: "HandlerConfig", *, has_wri
 
 def _wishes(parameters: Fields, prompt: str, handler: "HandlerConfig") -> Wishes:
     """What the client wants to see of the candidates; best_of without n shows them all."""
-    n, best_of = (parameters.integer("n", 1), parameters.integer("best_of", 1)) if handler.dialect.several else (1, 1)
+    num_candidates = parameters.integer(_name_of_n(parameters, handler.dialect), 1) if handler.dialect.several else 1
     return Wishes(
         prompt=prompt,
         dialect=handler.dialect,
-        num_candidates=n or best_of or 1,
+        num_candidates=num_candidates or 1,
         details=parameters.boolean("details", handler.tgi_compat),
         return_full_text=parameters.boolean("return_full_text"),
         decoder_input_details=parameters.boolean("decoder_input_details") or (parameters.integer("prompt_logprobs", 0) is not None),
-        top_tokens=bool(_num_alternatives(parameters)),
+        top_tokens=bool(_num_alternatives(parameters, handler.dialect)),
         tgi_compat=handler.tgi_compat,
     )
 
 
-def _num_alternatives(parameters: Fields) -> int:
-    return max(parameters.integer("logprobs", 0) or 0, parameters.integer("top_n_tokens", 0) or 0)
+def _name_of_n(parameters: Fields, dialect: "LmiDialect") -> str:
+    """The parameter that tells how many candidates there are."""
+    names = ("n", "top_n_tokens") if dialect.is_todays else ("n",)  # today's async handler makes the one the other
+    return [*(name for name in names if name in parameters), "best_of"][0]
+
+
+def _num_alternatives(parameters: Fields, dialect: "LmiDialect") -> int:
+    top_n_tokens = 0 if dialect.is_todays else parameters.integer("top_n_tokens", 0)
+    return max(parameters.integer("logprobs", 0) or 0, top_n_tokens or 0)
 
 
 def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView") -> SamplingParams:
     """SamplingParams of `parameters`: greedy unless do_sample, which also brings in the checkpoint's wishes."""
     parameters.only("num_beams", 1, way_out="leave it out and use best_of")
     parameters.only("use_beam_search", False)
-    _check_candidates(parameters, wishes.num_candidates, form)
+    _check_candidates(parameters, wishes, form)
     sampling = Sampling(parameters, LMI if wishes.dialect.several else ONE)
     sampling.values.setdefault("max_tokens", DEFAULT_NEW_TOKENS)
     if wishes.num_candidates > 1:
-        sampling.put("n", wishes.num_candidates, parameters.name("n" if "n" in parameters else "best_of"))
+        sampling.put("n", wishes.num_candidates, parameters.name(_name_of_n(parameters, wishes.dialect)))
     if _shows_tokens(wishes, form):
-        sampling.values["logprobs"] = _num_alternatives(parameters)
+        sampling.values["logprobs"] = _num_alternatives(parameters, wishes.dialect)
     if (wishes.shows_details or form == OWN) and wishes.decoder_input_details:
         sampling.values["prompt_logprobs"] = parameters.integer("prompt_logprobs", 0) or 0
     do_sample = parameters.boolean("do_sample", wishes.dialect.sampled_by_default)
@@ -229,10 +238,11 @@ def _params(parameters: Fields, wishes: Wishes, form: str, engine: "EngineView")
     return params if do_sample else params.model_copy(update={"temperature": 0.0})
 
 
-def _check_candidates(parameters: Fields, num_candidates: int, form: str) -> None:
+def _check_candidates(parameters: Fields, wishes: Wishes, form: str) -> None:
     """Raises RequestError where a form cannot tell several candidates apart, or not before all of them have ended."""
+    num_candidates = wishes.num_candidates
     if num_candidates > 1 and form in ("none", OWN):
-        name = "n" if "n" in parameters else "best_of"
+        name = _name_of_n(parameters, wishes.dialect)
         raise parameters.refuse(
             name, f"is more than {form} can tell apart; leave it out or set output_formatter to json or jsonlines"
         )

@@ -219,7 +219,7 @@ def ids_of(tokens: list[dict[str, Any]]) -> tuple[int, ...]:
 def answers_alike(host: DjlHost) -> None:
     """Each rank that was asked has sent the same bytes."""
     assert {reply.raw for reply in host.last_replies} == {host.last_replies[0].raw}
-    assert len(host.last_replies) == (1 if host.version.is_todays else host.num_ranks)
+    assert len(host.last_replies) == (1 if host.is_passive else host.num_ranks)
 
 
 def serve(host: DjlHost, wanted: list[Asked]) -> None:
@@ -246,6 +246,26 @@ def test_mixed_requests_get_the_answers_of_the_engine_alone(version: Version, de
 @pytest.mark.parametrize("form", ["json", "jsonlines", "none"])
 def test_first_version_lets_the_option_choose_the_form(form: str, degree: int, model: Model, start: Any) -> None:
     serve(start(VERSIONS[0], degree, output_formatter=form), mixed(model, (), fixed=form))
+
+
+@pytest.mark.parametrize("version", VERSIONS[4:], ids=str)
+def test_host_may_ask_every_rank_today_too(version: Version, model: Model, start: Any) -> None:
+    wanted = mixed(model, FORMS_ASYNC if version.is_async else FORMS[version.minor], has_seeds=not version.is_async)
+
+    serve(start(version, 2, use_passive_workers="false"), wanted[:60])
+
+
+@pytest.mark.parametrize(("degree", "is_passive"), [(1, "true"), (2, "true"), (2, "false")])
+def test_async_worker_is_given_rolled_steps(degree: int, is_passive: str, model: Model, start: Any) -> None:
+    """What a host does with `async_mode` and a `rolling_batch` together."""
+    wanted = mixed(model, FORMS_ASYNC)[:60]
+    host = start(VERSIONS[5], degree, use_passive_workers=is_passive)
+
+    with host:
+        host.roll([one.client for one in wanted], on_step=lambda: answers_alike(host))
+
+    for one in wanted:
+        check(host.version, one)
 
 
 def told(host: DjlHost, prompt: str = PROMPTS[0]) -> str:
@@ -365,6 +385,42 @@ def test_python_engine_starts_its_own_ranks(model: Model, python: list[str]) -> 
         check(host.version, one)
     assert json.loads(single.content[0][1]) == [{"generated_text": model.truth(PROMPTS[0], {"temperature": 0.0}).text}]
     assert len(ranks) == 3, "of this process and its two ranks"
+
+
+@pytest.fixture
+def start_in_front(model: Model, python: list[str]) -> Callable[..., DjlHost]:
+    """A host of a version whose engine `Python` has two ranks behind it."""
+
+    def start(version: Version, **options: str) -> DjlHost:
+        properties = {
+            "engine": "Python", "option.tensor_parallel_degree": "2", "option.model_id": str(model.folder),
+            "option.dtype": "fp32", "option.cpu_threads": "1", **{f"option.{name}": value for name, value in options.items()},
+        }  # fmt: skip
+        return DjlHost(version, properties, degree=2, python=python)
+
+    return start
+
+
+def test_ranks_behind_one_process_answer_in_async_mode(model: Model, start_in_front: Any) -> None:
+    serve(start_in_front(VERSIONS[5]), mixed(model, FORMS_ASYNC, has_seeds=False)[:60])
+
+
+def test_ranks_behind_one_process_answer_whole_and_in_frames(model: Model, start_in_front: Any) -> None:
+    truth = model.truth(PROMPTS[0], {"temperature": 0.0}).text
+    client = Client.of(inputs=PROMPTS[0], parameters=GREEDY)
+    with start_in_front(VERSIONS[2], rolling_batch="disable", enable_streaming="true") as host:
+        reply = host.ask(client)
+        refused = host.ask(Client(b"{", {"Content-Type": "application/json"}))
+        again = host.ask(client)
+
+    assert (reply.is_stream, reply.properties["Content-Type"]) == (True, "application/jsonlines")
+    lines = [json.loads(line)["outputs"] for line in b"".join(reply.frames).decode().splitlines()]
+    assert "".join(text for (text,) in lines) == truth
+    assert reply.frames[-1] == b""
+    assert len(reply.frames) > 2, "as they come"
+    assert (refused.code, refused.is_stream) == (424, False)
+    assert b"the body is not JSON" in refused.content[0][1]
+    assert b"".join(again.frames) == b"".join(reply.frames)
 
 
 def test_first_version_rolls_batches_even_with_disable(model: Model, start: Any) -> None:

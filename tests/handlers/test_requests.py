@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmi_dist_handler.dialects import TODAY_ASYNC
 from lmi_dist_handler.openai_responses import Chat, Completion, DjlChat, DjlChatEvents, DjlChatLines
 from lmi_dist_handler.requests import Parsed, parse
 from lmi_dist_handler.responses import Json, JsonLines, JsonList, LmiFormatter, RawText, Sse
@@ -125,6 +126,19 @@ def test_logprobs_are_computed_only_to_be_shown(
     found = params(**parameters)
 
     assert (found.logprobs, found.prompt_logprobs) == (logprobs, prompt_logprobs)
+
+
+def test_todays_async_mode_takes_top_n_tokens_for_n() -> None:
+    config = handler(dialect=TODAY_ASYNC)
+    asks = {"details": True, "do_sample": True, "top_n_tokens": 3}
+
+    (request,) = parsed({"inputs": "hi", "parameters": asks}, config).requests
+    (with_both,) = parsed({"inputs": "hi", "parameters": {**asks, "n": 2}}, config).requests
+    with pytest.raises(RequestError, match=r"parameters.top_n_tokens=0 must be an integer of at least 1"):
+        parsed({"inputs": "hi", "parameters": {**asks, "top_n_tokens": 0}}, config)
+
+    assert (request.params.n, request.params.logprobs) == (3, 0)
+    assert with_both.params.n == 2
 
 
 def test_best_of_alone_shows_all_of_them() -> None:

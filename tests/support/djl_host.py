@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -134,6 +135,9 @@ class DjlHost:
         self.last_replies: list[Reply] = []
         self.init_replies: list[Reply] = []
         self.connections: list[socket.socket] = []
+        self.is_passive = (
+            version.is_todays and self.given.get("option.use_passive_workers") != "false"
+        )  # ranks above 0 are not asked
         self.process: subprocess.Popen[str] | None = None
         self.reader: threading.Thread | None = None
 
@@ -276,18 +280,21 @@ class DjlHost:
         message = self.wire.request(self.init_properties(), [])
         for connection in self.connections:
             connection.sendall(message)
-        waited_for = self.connections[:1] if self.version.is_todays else self.connections
+        waited_for = self.asked
         self.init_replies = [self.wire.reply(connection) for connection in waited_for]
         return self.init_replies[-1]
 
+    @property
+    def asked(self) -> list[socket.socket]:
+        return self.connections[:1] if self.is_passive else self.connections
+
     def exchange(self, properties, content) -> Reply:
-        """One request, one reply: 0.26 to 0.29 ask every rank and take the last one's word, today's asks rank 0."""
+        """One request, one reply: 0.26 to 0.29 ask every rank and take the last one's word, today's rank 0 unless told else."""
         message = self.wire.request(properties, content)
-        asked = self.connections[:1] if self.version.is_todays else self.connections
-        for connection in asked:
+        for connection in self.asked:
             connection.settimeout(self.timeout_s)
             connection.sendall(message)
-        self.last_replies = [self.wire.reply(connection) for connection in asked]
+        self.last_replies = [self.wire.reply(connection) for connection in self.asked]
         return self.last_replies[-1]
 
     # ---- the rolling batch (contract 4) ----
@@ -413,18 +420,18 @@ class DjlHost:
 
     def go(self, clients: Sequence[Client]) -> None:
         """All at once in async mode, each to its end."""
-        (rank0, *_) = self.connections
-        rank0.settimeout(self.timeout_s)
         running = {str(uuid.uuid4()): client for client in clients}
-        for tracking_id, client in running.items():
-            properties = {**client.headers, "handler": "handle", "request_tracking_id": tracking_id}
-            rank0.sendall(self.wire.request(properties, [("data", client.body)]))
+        for connection in self.asked:
+            connection.settimeout(self.timeout_s)
+            for tracking_id, client in running.items():
+                properties = {**client.headers, "handler": "handle", "request_tracking_id": tracking_id}
+                connection.sendall(self.wire.request(properties, [("data", client.body)]))
         while running:
-            reply = self.wire.reply(rank0)
-            client = running.get(reply.properties["request_tracking_id"])
-            if client is None:
-                continue  # a warning
-            self._take_frame(client, reply)
+            for ready in select.select(self.asked, [], [], self.timeout_s)[0]:
+                reply = self.wire.reply(ready)
+                client = running.get(reply.properties["request_tracking_id"])
+                if client is not None:  # else a warning
+                    self._take_frame(client, reply)
             running = {key: client for key, client in running.items() if not client.is_over}
 
     def _take_frame(self, client: Client, reply: Reply) -> None:
