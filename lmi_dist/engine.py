@@ -17,7 +17,7 @@ from torch import Tensor
 from lmi_dist.admission import Admission
 from lmi_dist.answers import Candidate, Job
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
-from lmi_dist.errors import DeviceError, OverloadedError, RequestError, StepError
+from lmi_dist.errors import DeviceError, LostRankError, OverloadedError, RankError, RequestError, StepError
 from lmi_dist.fitting import before_fitting, fit_pool, is_measured, largest_plan
 from lmi_dist.images import ImageReader, VisionConfig
 from lmi_dist.link import Link
@@ -137,7 +137,8 @@ class Engine:
             self._start(candidate)
 
     def step(self) -> list[Output]:
-        """One forward of what is due. A failed one ends the requests that were in it with StepError; the others go on.
+        """One forward of what is due. A failed one ends the requests that were in it with StepError (LostRankError: all
+        that come are going to fail); the others go on.
         Raises DeviceError when the GPU is lost: this process must end, and another can begin."""
         started = time.perf_counter()
         plan = self._scheduler.plan()
@@ -320,7 +321,8 @@ class Engine:
         self._scheduler.drop(plan)
         self._num_failed_steps += 1
         self._num_failed_in_a_row += 1
-        error = StepError(f"step {plan.step} failed: {type(cause).__name__}: {cause}")
+        kind = LostRankError if isinstance(cause, RankError) and self._link.has_lost_a_rank else StepError
+        error = kind(f"step {plan.step} failed: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         jobs = dict.fromkeys(self._candidates[chunk.sequence].job for chunk in plan.rows if chunk.sequence in self._candidates)
         return [output for job in jobs for output in self._end(job, "error", error)]

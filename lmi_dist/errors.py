@@ -42,6 +42,12 @@ class StepError(LmiError):
     """A forward failed; the requests of that step end with this, the engine goes on."""
 
 
+class LostRankError(StepError):
+    """A forward failed because another rank has ended. No other will work: the ranks have to be replaced, then try again."""
+
+    code = 503
+
+
 class RankError(LmiError):
     """Another rank of the model has ended, or could not go on with the step."""
 

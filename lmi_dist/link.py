@@ -43,6 +43,11 @@ class Link:
 
     # ---- around steps, on rank 0 ----
 
+    @property
+    def has_lost_a_rank(self) -> bool:
+        """Another rank has ended; to be asked when a step has failed."""
+        return False
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """All ranks get through this, or none: an error in it on one of them is raised on each."""

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import queue
+import select
 import socket
 import struct
 import threading
@@ -27,6 +28,7 @@ from lmi_dist.plan_stream import PlanReader, PlanWriter
 logger = logging.getLogger(__name__)
 
 NUMBER = struct.Struct("<q")  # a frame's length; the turn at which a step begins
+ENDING_MS = 50  # until all that a process held is given back: the segment, by which its end shows in a step, and its sockets
 MAX_REPLIES = 1024  # kept for a rank whose host does not ask it
 
 
@@ -94,6 +96,13 @@ class LeaderLink(_LocalLink):
         except RankError as error:
             self.drop(error)  # some may have begun
             raise
+
+    @property
+    def has_lost_a_rank(self) -> bool:
+        poll = select.poll()
+        for plans in self._plans:
+            poll.register(plans, select.POLLIN)  # between steps nobody sends anything there
+        return bool(poll.poll(ENDING_MS))
 
     def publish_reply(self, reply: bytes) -> None:
         for replies in self._replies:

@@ -234,9 +234,14 @@ def test_every_fault_is_survived_many_times(model: Path, capsys: pytest.CaptureF
         for number in range(NUM_ROUNDS):
             with tempfile.TemporaryDirectory(prefix="t-") as short:
                 chaos = Chaos(model, Path(short))
-                for name, fault in faults_of(number).items():
-                    times.setdefault(name, []).append(suffer(chaos, fault, BACK_S))
-                kill_host(chaos)
+                try:
+                    for name, fault in faults_of(number).items():
+                        back_s = suffer(chaos, fault, BACK_S)
+                        times.setdefault(name, []).append(back_s)
+                    kill_host(chaos)
+                finally:
+                    chaos.server.process.kill()
+                    chaos.server.process.wait(10)
     finally:
         with capsys.disabled():
             for name, seconds in times.items():

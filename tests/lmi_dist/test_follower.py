@@ -143,6 +143,18 @@ def test_step_that_fails_on_one_rank_ends_its_requests_only(case: Callable[[str]
     assert len(second) == 8
 
 
+def test_step_without_a_rank_asks_to_try_again(case: Callable[[str], Case]) -> None:
+    def work(link: Any) -> list[Any]:
+        if isinstance(link, FollowerLink):
+            Follower(link)
+            return []  # and ends
+        engine = make_engine(link, case("llama1").folder)
+        engine.add(Request(id="r", prompt=PROMPT, params=SamplingParams(max_tokens=8, temperature=0.0)))
+        return [(type(output.error).__name__, getattr(output.error, "code", 0)) for output in drain(engine)]
+
+    assert ranks.run(2, work)[0] == [("LostRankError", 503)]
+
+
 def test_what_rank_0_cannot_load_is_told_on_all(tmp_path: Path) -> None:
     def load(link: Any) -> str:
         try:
