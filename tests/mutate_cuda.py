@@ -1,7 +1,7 @@
 """Proof that the CUDA column's tests bite: makes faults in the kernels by rule, one at a time, builds the stand-in's library with
 each and runs the tests of the file. Fails when fewer than nine in ten are caught, or when one survives that nobody has explained.
 
-    python tests/mutate_cuda.py [part of a file's name]        a process a CPU, each with a build of its own
+    python tests/mutate_cuda.py [parts of files' names]        a process a CPU, each with a build of its own
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -126,31 +127,39 @@ class Workplace:
         subprocess.run(self.compile, check=True, capture_output=True)
         shutil.copy(self.kernels / "include" / "lmi_kernels.h", self.build)
 
-    def catches(self, fault: Fault) -> bool:
+    def catch(self, fault: Fault) -> str:
+        """What catches it; "" if nothing does."""
         place = self.kernels / fault.file.relative_to(ROOT / "kernels")
         place.write_text(fault.text, encoding="utf-8")
         try:
             if subprocess.run(self.compile, capture_output=True, check=False).returncode:
-                return True
-            return not self.passes(tests_of(fault.file))
+                return "the compiler"
+            return self.failing(tests_of(fault.file))
         finally:
             shutil.copy(fault.file, place)
 
-    def passes(self, tests: list[str]) -> bool:
-        """Whether the tests do, the order that finds most first."""
-        return all(self.run(tests, orders) == 0 for orders in ("random", "forward,reverse"))
+    def failing(self, tests: list[str]) -> str:
+        """The first test that fails, if any does; the order that finds most comes first."""
+        return self.run(tests, "random") or self.run(tests, "forward,reverse")
 
-    def run(self, tests: list[str], orders: str) -> int:
-        """Status of the tests in a process of their own, for a fault may end it."""
+    def run(self, tests: list[str], orders: str) -> str:
+        """In a process of its own, for a fault may end it."""
+        log = self.build / "tests.log"
         child = os.fork()
         if child == 0:
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             os.chdir(ROOT)
             for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             options = ["-x", "-p", "no:cacheprovider", "--column=sim", f"--levels={orders}"]
             os._exit(pytest.main([*options, f"--library={self.build / 'liblmi_sim.so'}", *tests]))
-        return os.waitpid(child, 0)[1]
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            return ""
+        if -status == signal.SIGKILL:
+            raise RuntimeError("the tests were killed from outside, for want of memory perhaps")
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", log.read_text(errors="replace"), flags=re.MULTILINE)
+        return failed[1] if failed else signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 workplace: Workplace  # of this process
@@ -161,18 +170,18 @@ def open_workplace(folder: str) -> None:
     workplace = Workplace(Path(folder) / str(os.getpid()))
 
 
-def is_caught(fault: Fault) -> bool:
-    return workplace.catches(fault)
+def catch(fault: Fault) -> str:
+    return workplace.catch(fault)
 
 
-def passes_without_fault(tests: tuple[str, ...]) -> bool:
-    return workplace.passes(list(tests))
+def failing_without_fault(tests: tuple[str, ...]) -> str:
+    return workplace.failing(list(tests))
 
 
 def main() -> int:
-    start, wanted = time.monotonic(), sys.argv[1] if len(sys.argv) > 1 else ""
-    every_source = sorted((ROOT / "kernels" / "cuda").glob("*.cu*"))
-    sources = [path for path in every_source if wanted in path.name and not path.name.startswith("ptx")]
+    start, wanted = time.monotonic(), sys.argv[1:] or [""]
+    every_source = [path for path in sorted((ROOT / "kernels" / "cuda").glob("*.cu*")) if not path.name.startswith("ptx")]
+    sources = [path for path in every_source if any(part in path.name for part in wanted)]
     every = [fault for source in sources for fault in faults(source)]
     survivors = []
     processes = multiprocessing.get_context("fork")
@@ -180,12 +189,13 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         processes.Pool(len(os.sched_getaffinity(0)), open_workplace, [folder]) as pool,
     ):
-        if not all(pool.map(passes_without_fault, {tuple(tests_of(fault.file)) for fault in every}, chunksize=1)):
-            print("the tests fail without a fault")
-            return 1
-        for fault, caught in zip(every, pool.imap(is_caught, every), strict=True):
-            print("caught  " if caught else "harmless" if fault.excuse else "SURVIVES", fault, flush=True)
-            if not caught:
+        for failing in pool.map(failing_without_fault, {tuple(tests_of(fault.file)) for fault in every}, chunksize=1):
+            if failing:
+                print(f"{failing} fails without a fault")
+                return 1
+        for fault, by in zip(every, pool.imap(catch, every), strict=True):
+            print("caught  " if by else "harmless" if fault.excuse else "SURVIVES", fault, f"[{by}]" if by else "", flush=True)
+            if not by:
                 survivors.append(fault)
     num_caught = len(every) - len(survivors)
     for fault in survivors:

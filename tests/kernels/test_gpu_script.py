@@ -1,0 +1,91 @@
+"""The script for a GPU hour (tests/benchmarks/gpu.py), as far as a machine without a GPU can try it: on the stand-in, tiny."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import gpu_golden
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+# Of each part, what must have a row, whatever else has one
+ROWS = {
+    "golden": ["copies", "ldmatrix", "mma bf16", "mma f16", "mma e4m3", "mma int8", "named barriers", "exp2", "boxes", "wgmma"],
+    "suite": ["tests/kernels"],
+    "kernels": [
+        "limits", "paged decode attention, 3 x 40", "paged decode attention, 1 x 600", "prefill attention", "rms norm",
+        "add + rms norm", "layer norm", "rotary + cache write", "silu, gated", "gelu", "embedding", "experts: gather",
+        "experts: combine", "sample", "logprobs", "linear",
+    ],
+    "steps": ["limits", "decode step, batch 1", "decode step, batch 2", "GPU busy"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> gpu_golden.Twin:
+    return gpu_golden.Twin(gpu_golden.build_twin(tmp_path_factory.mktemp("golden")), "forward")
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "gpu.py", *arguments]
+    return subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+
+
+def test_script_fills_every_row_on_the_stand_in(tmp_path: Path) -> None:
+    done = run_script("--column=sim", "--tiny", f"--out={tmp_path}")
+
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(parts) == list(ROWS)
+    for part, rows in parts.items():
+        for name in ROWS[part]:
+            assert any(row["name"].startswith(name) for row in rows), f"{part}: {name}\n{done.stdout}"
+    assert {row["note"] for row in parts["golden"]} == {"equal"}
+    assert re.fullmatch(r"\d+ passed", parts["suite"][0]["note"])
+    assert [row for row in parts["kernels"][1:] if not row["seconds"] or row["note"]] == []
+    assert all(row["seconds"] for row in parts["steps"][1:3])
+    assert done.stdout.rstrip() == (tmp_path / "results.md").read_text().rstrip()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = run_script(f"--out={tmp_path}")
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("there is no GPU that torch can use; run on a machine that has one, or give --column sim")
+    assert done.stdout.count("\n") == 1
+
+
+def test_every_wrapper_has_a_golden_test(twin: gpu_golden.Twin) -> None:
+    tested = {wrapper for golden in twin.goldens() for wrapper in golden.wrappers}
+
+    assert len(gpu_golden.wrappers_in_sources()) > 20
+    assert gpu_golden.wrappers_in_sources() == tested
+
+
+def test_golden_test_sees_a_wrong_word(twin: gpu_golden.Twin) -> None:
+    class Wrong(gpu_golden.Side):
+        def run(self, golden: gpu_golden.Golden, given: gpu_golden.Words) -> gpu_golden.Words:
+            words = twin.run(golden, given)
+            words[3] ^= 1 << 20
+            return words
+
+    for golden in twin.goldens():
+        assert gpu_golden.compare(golden, Wrong(twin.path), twin).startswith("1 of "), golden.name
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc, as README says may be")
+@pytest.mark.parametrize("architecture", ["90a", pytest.param("80", marks=pytest.mark.soak)])
+def test_golden_tests_compile_for_a_gpu(twin: gpu_golden.Twin, architecture: str, tmp_path: Path) -> None:
+    assert NVCC is not None
+
+    device = gpu_golden.Side(gpu_golden.build_for_gpu(tmp_path, architecture, nvcc=NVCC))
+
+    assert device.goldens() == twin.goldens()
