@@ -33,7 +33,7 @@ sys.path.extend(str(Path(__file__).parents[2] / each) for each in (".", "handler
 import gpu_golden
 import gpu_kernels
 import torch
-from gpu_kernels import Row
+from gpu_limits import TINY, Row, Sizes
 
 from lmi_dist import ops
 from lmi_dist.ops.abi import find_library
@@ -131,7 +131,7 @@ def device_of(options: argparse.Namespace) -> str:
 
 
 def kernels(options: argparse.Namespace) -> list[Row]:
-    sizes = gpu_kernels.TINY if options.tiny else gpu_kernels.Sizes()
+    sizes = TINY if options.tiny else Sizes()
     with ops.using(options.column, 1, path=options.library):
         return list(gpu_kernels.rows(sizes, device_of(options), capability()))
 
@@ -139,7 +139,7 @@ def kernels(options: argparse.Namespace) -> list[Row]:
 def steps(options: argparse.Namespace) -> list[Row]:
     import gpu_steps
 
-    sizes = gpu_kernels.TINY if options.tiny else gpu_kernels.Sizes()
+    sizes = TINY if options.tiny else Sizes()
     work = gpu_steps.TINY if options.tiny else gpu_steps.FULL
     work.engine.update({"device": "cuda"} if options.column == "cuda" else {"kernels": "sim"})
     return list(gpu_steps.rows(sizes, work, device_of(options)))

@@ -12,7 +12,7 @@ from typing import Any
 import tiny_tokenizers
 import torch
 import transformers
-from gpu_kernels import Limits, Row, Sizes, measure_limits
+from gpu_limits import Limits, Row, Sizes, measure_limits
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from lmi_dist import Engine, EngineConfig, Request, SamplingParams

@@ -1,15 +1,17 @@
-"""Registers, stack, spills and static shared memory of each CUDA kernel, as ptxas tells them: no GPU needed.
+"""Registers, stack, spills and static shared memory of each CUDA kernel on each GPU that we build for, as ptxas tells them.
+No GPU is needed.
 
-python tests/benchmarks/kernel_resources.py [sm_90a ...]
+    python tests/benchmarks/kernel_resources.py [--gpus sm_90a ...] [part of a file's name]
 """
 
+import argparse
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+GPUS = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 KERNELS = Path(__file__).parents[2] / "kernels"
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<gpu>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill"
@@ -18,12 +20,21 @@ ENTRY = re.compile(
 )
 
 
-def compile_for(source: Path, gpu: str) -> str:
+def compile_for(source: Path, gpus: list[str]) -> str:
     """What ptxas says."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    codes = [f"-gencode=arch={gpu.replace('sm_', 'compute_')},code={gpu}" for gpu in gpus]
     with tempfile.TemporaryDirectory() as folder:
-        code = f"-gencode=arch={gpu.replace('sm_', 'compute_')},code={gpu}"
-        command = [nvcc, "-std=c++17", "-O3", "-Xptxas=-v", '-DLMI_ARCHITECTURES=""', code, f"-I{KERNELS}", f"-I{KERNELS}/include"]
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Xptxas=-v",
+            '-DLMI_ARCHITECTURES=""',
+            *codes,
+            f"-I{KERNELS}",
+            f"-I{KERNELS}/include",
+        ]
         done = subprocess.run([*command, "-c", source, "-o", f"{folder}/out.o"], capture_output=True, text=True, check=True)
     return done.stderr
 
@@ -34,14 +45,21 @@ def readable(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    print(f"{'kernel':60} {'gpu':8} registers  stack  spills  shared")
-    for source in sorted((KERNELS / "cuda").glob("*.cu")):
-        for gpu in sys.argv[1:] or ["sm_90a"]:
-            found = list(ENTRY.finditer(compile_for(source, gpu)))
-            for name, entry in zip(readable([each["name"] for each in found]), found, strict=True):
-                shared = re.search(r"(\d+) bytes smem", entry["rest"])
-                spills = int(entry["stores"]) + int(entry["loads"])
-                print(f"{name:60} {gpu:8} {entry['registers']:>9} {entry['stack']:>6} {spills:>7} {shared[1] if shared else 0:>7}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", nargs="+", default=list(GPUS))
+    parser.add_argument("only", nargs="?", default="", help="sources with this in their name")
+    options = parser.parse_args()
+    print(f"{'kernel':70} {'gpu':7} registers  stack  spills  shared")
+    most: dict[str, tuple[int, ...]] = {}  # by gpu: registers, stack, spills
+    for source in sorted((KERNELS / "cuda").glob(f"*{options.only}*.cu")):
+        found = list(ENTRY.finditer(compile_for(source, options.gpus)))
+        for name, entry in sorted(zip(readable([each["name"] for each in found]), found, strict=True), key=lambda pair: pair[0]):
+            shared = re.search(r"(\d+) bytes smem", entry["rest"])
+            own = int(entry["registers"]), int(entry["stack"]), int(entry["stores"]) + int(entry["loads"])
+            print(f"{name:70} {entry['gpu']:7} {own[0]:>9} {own[1]:>6} {own[2]:>7} {shared[1] if shared else 0:>7}", flush=True)
+            most[entry["gpu"]] = tuple(map(max, own, most.get(entry["gpu"], own)))
+    for gpu, (registers, stack, spills) in most.items():
+        print(f"{gpu}: at most {registers} registers, {stack} bytes of stack, {spills} of spills")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """nvcc takes the CUDA column without a warning, and no kernel spills registers (both are errors, see kernels/CMakeLists.txt); what
 comes out opens on a machine without a GPU and says what is missing."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,32 @@ def build(name: str, architectures: str) -> Path:
 def run(command: list[object]) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# Holds more numbers than the registers that it is left with.
+SPILLING = """
+__global__ void __launch_bounds__(1024, 2) spilling(float *x) {
+  float held[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) held[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = held[i] * held[63 - i];
+}
+"""
+
+
+def test_kernel_that_spills_is_refused(tmp_path: Path) -> None:
+    """By the flags with which every kernel of the column is built."""
+    text = (ROOT / "kernels" / "CMakeLists.txt").read_text()
+    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?)>", text)[1].split(";")  # type: ignore[index]  # a promise of the file
+    (tmp_path / "spilling.cu").write_text(SPILLING)
+    command = [NVCC, "-arch=sm_90", "-O3", *flags, "-c", tmp_path / "spilling.cu", "-o", tmp_path / "spilling.o"]
+
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+    assert done.returncode != 0
+    assert "Registers are spilled to local memory in function '_Z8spillingPf'" in done.stderr
 
 
 def has_gpu() -> bool:

@@ -1,0 +1,104 @@
+"""What parts of the GPU script measure with: sizes, the machine's own limits in the same run (a device-to-device copy, a large bf16
+product), the time of a call, and the rows that come out."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+Work = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Those of Llama-3-8B, or tiny ones that the stand-in runs in seconds."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    hidden: int = 4096
+    inner: int = 14336
+    vocab: int = 128256
+    tokens: int = 4096
+    rows: int = 64  # of logits, and sequences of the large decode
+    context: int = 4096
+    long_context: int = 32768
+    prompt: int = 8192
+    experts: int = 8
+    copy_bytes: int = 1 << 30
+    product: int = 8192
+    cold_bytes: int = 400_000_000  # what the copies of an input take together: several times a GPU's cache
+    repetitions: int = 20
+
+
+TINY = Sizes(
+    heads=4, kv_heads=2, head_dim=16, hidden=64, inner=128, vocab=96, tokens=8, rows=3, context=40, long_context=600, prompt=48,
+    copy_bytes=1 << 16, product=64, cold_bytes=1, repetitions=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    copy: float  # bytes/s, read and written
+    product: float  # operations/s in bf16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; seconds None: it failed, as `note` says."""
+
+    name: str
+    seconds: float | None = None
+    share: float | None = None
+    of: str = ""
+    goal: float | None = None
+    peer: str = ""
+    peer_seconds: float | None = None
+    note: str = ""
+
+
+# ---- time ----
+
+
+def seconds_a_call(work: Work, copies: int, repetitions: int) -> float:
+    """Median over repetitions of a run over all copies. On a GPU the run is a CUDA graph, so that the host's part does not count;
+    results stay alive within it, so that each call writes memory of its own."""
+    num = max(copies, 4)
+    if not torch.cuda.is_available():
+        return median(timed(work, num) for _ in range(repetitions))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(copies):
+            work(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [work(i % copies) for i in range(num)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for _ in range(3):
+        graph.replay()
+    for first, last in events:
+        first.record()
+        graph.replay()
+        last.record()
+    torch.cuda.synchronize()
+    del kept
+    return median(first.elapsed_time(last) for first, last in events) / 1e3 / num
+
+
+def timed(work: Work, num: int) -> float:
+    start = time.perf_counter()
+    for i in range(num):
+        work(i)
+    return (time.perf_counter() - start) / num
+
+
+def measure_limits(sizes: Sizes, device: str) -> Limits:
+    x = torch.randn(2, sizes.copy_bytes // 2, device=device, dtype=torch.bfloat16)
+    copy = seconds_a_call(lambda i: x[1].copy_(x[0]), 1, sizes.repetitions)
+    a, b = (torch.randn(sizes.product, sizes.product, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = seconds_a_call(lambda i: a @ b, 1, sizes.repetitions)
+    return Limits(2 * sizes.copy_bytes / copy, 2 * sizes.product**3 / product)
