@@ -141,6 +141,7 @@ def steps(options: argparse.Namespace) -> list[Row]:
 
     sizes = TINY if options.tiny else Sizes()
     work = gpu_steps.TINY if options.tiny else gpu_steps.FULL
+    ops.__path__.append(str(options.library.parent))  # where the engine finds it
     work.engine.update({"device": "cuda"} if options.column == "cuda" else {"kernels": "sim"})
     return list(gpu_steps.rows(sizes, work, device_of(options)))
 
