@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{'kernel':70} {'gpu':7} registers  stack  spills  shared")
     most: dict[str, tuple[int, ...]] = {}  # by gpu: registers, stack, spills
-    for source in sorted((KERNELS / "cuda").glob(f"*{options.only}*.cu")):
+    for source in sorted(path for path in (KERNELS / "cuda").glob("*.cu") if options.only in path.name):
         found = list(ENTRY.finditer(compile_for(source, options.gpus)))
         for name, entry in sorted(zip(readable([each["name"] for each in found]), found, strict=True), key=lambda pair: pair[0]):
             shared = re.search(r"(\d+) bytes smem", entry["rest"])
