@@ -72,6 +72,7 @@ TESTS = {
     "sampling": ["test_sampling.py"],
     "logprobs": ["test_sampling.py"],
     "logits": ["test_sampling.py"],
+    "ring": ["test_attention.py", "test_linear.py"],
     "reduce": ["test_norm.py", "test_moe.py", "test_sampling.py"],
 }
 

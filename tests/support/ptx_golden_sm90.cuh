@@ -132,6 +132,8 @@ __global__ void __launch_bounds__(kBlock, 1) async_product_kernel(const uint32_t
   for (int k = 0; k < 2; ++k) {
     for (int r = 0; r < 4; ++r) memcpy(&left[k][r], swizzled(a, g + r % 2 * 8, k * 16 + r / 2 * 8 + t), 4);
   }
+  ptx::hold_registers(d);
+  ptx::hold_registers(left);
   ptx::fence_products();
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -143,13 +145,14 @@ __global__ void __launch_bounds__(kBlock, 1) async_product_kernel(const uint32_t
   }
   ptx::wait_products<1>();
   ptx::wait_products<0>();
+  ptx::hold_registers(d);
   for (int i = 0; i < kN / 2; ++i) {
     memcpy(out + (g + i / 2 % 2 * 8) * kN + i / 4 * 8 + t + i % 2, &d[i / 4][i % 4], 4);
   }
 }
 
 #define LMI_GOLDEN_WGMMA(name, T, N, is_transposed, in_registers)                                                                      \
-  {"wgmma " name, "fence_async matrix_at fence_products multiply_async commit_products wait_products", #T, "90+", kProductWords<T, N>, \
+  {"wgmma " name, "fence_async matrix_at hold_registers fence_products multiply_async commit_products wait_products", #T, "90+", kProductWords<T, N>, \
    64 * N, run_block<async_product_kernel<T, N, is_transposed, in_registers>, kBlock, 64 * 64 * 2 + N * 64 * 2>}
 
 #define LMI_GOLDENS_SM90                                                                                                      \
