@@ -182,6 +182,7 @@ def build_for_gpu(folder: Path, architecture: str, *, nvcc: str) -> Path:
     path = folder / "golden_cuda.so"
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Werror=all-warnings"]
+    flags += [f'-DLMI_ARCHITECTURES="{architecture}"']
     compile_with([nvcc, code, *flags, *includes(), SOURCE, *common_sources(), "-o", path])
     return path
 
