@@ -160,7 +160,13 @@ def measured(folder: Path, work: Work, limits: Limits, weight_bytes: int, device
         share = weight_bytes / limits.copy / each if num == 1 else None
         of, goal = ("weights / copy", 0.85) if num == 1 else ("", None)
         yield Row(name, each, share, of, goal, "transformers", peers.get(num), note)
-    yield Row(f"GPU busy, batch {work.num_sequences}", share=busy, of="wall", goal=0.97, note="" if busy else "there is no GPU")
+    yield Row(
+        f"GPU busy, batch {work.num_sequences}",
+        share=busy,
+        of="wall",
+        goal=0.97,
+        note="" if device == "cuda" else "there is no GPU",
+    )
 
 
 def release(device: str) -> None:
