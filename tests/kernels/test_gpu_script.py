@@ -38,6 +38,7 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(600)  # four processes and a build, on a machine that may have other work
 def test_script_fills_every_row_on_the_stand_in(tmp_path: Path) -> None:
     done = run_script("--column=sim", "--tiny", f"--out={tmp_path}")
 
@@ -81,6 +82,7 @@ def test_golden_test_sees_a_wrong_word(twin: gpu_golden.Twin) -> None:
         assert gpu_golden.compare(golden, Wrong(twin.path), twin).startswith("1 of "), golden.name
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc, as README says may be")
 @pytest.mark.parametrize("architecture", ["90a", pytest.param("80", marks=pytest.mark.soak)])
 def test_golden_tests_compile_for_a_gpu(twin: gpu_golden.Twin, architecture: str, tmp_path: Path) -> None:
