@@ -112,7 +112,7 @@ class KVCache:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
     def _zeros(self, shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
-        """numpy takes zeros from the system as they are, in huge pages if it can; torch would write them, seconds for a large pool."""
+        """On a CPU by numpy, which takes zeros from the system as they are, in huge pages if it can; torch would write them all."""
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=memory.cache_dtype, device=self.device)
         size_bytes = prod(shape) * memory.cache_dtype.itemsize

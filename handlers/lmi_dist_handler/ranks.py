@@ -126,5 +126,6 @@ def _is_for_one(inputs: Input, *, is_async: bool) -> bool:
 
 async def _silence() -> AsyncIterator[Output]:
     """No frame at all."""
-    for nothing in ():
-        yield nothing
+    nothing: tuple[Output, ...] = ()
+    for each in nothing:
+        yield each
