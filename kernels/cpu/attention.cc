@@ -26,28 +26,33 @@ void read_queries(const Problem &problem, const Unit &unit, Scratch<Numbers> &sc
   }
 }
 
-/* One split of a unit, from nothing. */
-template <class Numbers>
-void attend_split(const Problem &problem, const Unit &unit, int64_t split, Scratch<Numbers> &scratch, States states) {
-  states.clear(unit.rows, problem.padded);
-  const Range needed = seen_by_unit(problem, unit), keys = common(needed, {split * kSplit, (split + 1) * kSplit});
-  for (int64_t tile = keys.first / kTile * kTile; tile < keys.last; tile += kTile) {
-    const TileCache cache(problem, unit, tile, needed);
-    TileCache(problem, unit, tile + kTile, needed).prefetch(problem);
-    Numbers::read_keys(problem, cache.keys, scratch);
-    Numbers::read_values(problem, cache.values, scratch);
-    int64_t row = 0;
-    for (; row + kRegisterRows <= unit.rows; row += kRegisterRows) {
-      attend_rows<Numbers, kRegisterRows>(problem, row, tile, scratch, states);
-    }
-    for (; row < unit.rows; ++row) attend_rows<Numbers, 1>(problem, row, tile, scratch, states);
-  }
+/* Where a split of a unit begins. */
+Place begin_of(const Problem &problem, const Unit &unit, int64_t split) {
+  const Range needed = seen_by_unit(problem, unit);
+  return {&unit, std::max(needed.first, split * kSplit) / kTile * kTile, needed};
 }
 
-/* The first tile of a unit whose turn comes soon. */
-void prefetch_first(const Problem &problem, const Unit &unit) {
-  const Range needed = seen_by_unit(problem, unit);
-  TileCache(problem, unit, needed.first / kTile * kTile, needed).prefetch(problem);
+/* One split of a unit, from nothing. following: where this thread will most likely be next. */
+template <class Numbers>
+void attend_split(const Problem &problem, const Unit &unit, int64_t split, const Place &following, Scratch<Numbers> &scratch,
+                  States states) {
+  states.clear(unit.rows, problem.padded);
+  Place place = begin_of(problem, unit, split);
+  const int64_t last = std::min(place.needed.last, (split + 1) * kSplit);
+  while (place.tile < last) {
+    const int64_t tile = place.tile;
+    const TileCache cache(problem, place);
+    place.tile += kTile;
+    TileCache next(problem, place.tile < last ? place : following);
+    Numbers::read_keys(problem, cache.keys, scratch, next);
+    Numbers::read_values(problem, cache.values, scratch, next);
+    int64_t row = 0;
+    for (; row + kRegisterRows <= unit.rows; row += kRegisterRows) {
+      attend_rows<Numbers, kRegisterRows>(problem, row, tile, scratch, states, next);
+    }
+    for (; row < unit.rows; ++row) attend_rows<Numbers, 1>(problem, row, tile, scratch, states, next);
+    next.ask_for_rest();
+  }
 }
 
 void write_rows(const Problem &problem, const Unit &unit, const States &states) {
@@ -82,7 +87,8 @@ Work cut(const Problem &problem) {
   return work;
 }
 
-/* fn(job, scratch) for each job, the last one first, as threads become free: which thread does it changes no bits. */
+/* fn(job, likely, scratch) for each job, the last one first, as threads become free: which thread does it changes no bits. likely: the
+ * job that this thread will most likely do next, or -1. */
 template <class Numbers, class Function>
 void share_out(const Problem &problem, const Work &work, size_t num_jobs, Function fn) {
   const int64_t jobs = static_cast<int64_t>(num_jobs);
@@ -90,21 +96,26 @@ void share_out(const Problem &problem, const Work &work, size_t num_jobs, Functi
   std::atomic<int64_t> left{jobs};
   parallel_for(is_small ? 1 : std::min<int64_t>(num_threads(), jobs), 1, [&](int64_t, int64_t) {
     Scratch<Numbers> scratch(problem, work.unit_rows);
-    for (int64_t job = --left; job >= 0; job = --left) fn(static_cast<size_t>(job), scratch);
+    for (int64_t job = --left; job >= 0; job = --left) fn(job, std::max<int64_t>(left, 0) - 1, scratch);
   });
 }
 
 template <class Numbers>
 void attend_units(const Problem &problem, const Work &work) {
-  share_out<Numbers>(problem, work, work.units.size(), [&](size_t job, Scratch<Numbers> &scratch) {
-    const Unit &unit = work.units[job];
-    if (job >= static_cast<size_t>(num_threads())) prefetch_first(problem, work.units[job - static_cast<size_t>(num_threads())]);
+  const auto begin_of_unit = [&](int64_t index) {
+    if (index < 0) return Place{};
+    const Unit &unit = work.units[static_cast<size_t>(index)];
+    return begin_of(problem, unit, splits_of(problem, unit).first);
+  };
+  share_out<Numbers>(problem, work, work.units.size(), [&](int64_t job, int64_t likely, Scratch<Numbers> &scratch) {
+    const Unit &unit = work.units[static_cast<size_t>(job)];
     States total(scratch.total, work.unit_rows), part(scratch.part, work.unit_rows);
     total.clear(unit.rows, problem.padded);
     read_queries(problem, unit, scratch);
     const Range splits = splits_of(problem, unit);
     for (int64_t split = splits.first; split < splits.last; ++split) {
-      attend_split(problem, unit, split, scratch, part);
+      const bool is_last = split + 1 == splits.last;
+      attend_split(problem, unit, split, is_last ? begin_of_unit(likely) : begin_of(problem, unit, split + 1), scratch, part);
       merge(total, part, unit.rows, problem.padded);
     }
     write_rows(problem, unit, total);
@@ -131,10 +142,13 @@ void attend_splits(const Problem &problem, const Work &work) {
   const int64_t floats = States::floats(work.unit_rows, problem.padded);
   float *memory = kept_floats(Purpose::kParts, floats * static_cast<int64_t>(jobs.size()));
   const auto states_of = [&](size_t job) { return States(memory + static_cast<int64_t>(job) * floats, work.unit_rows); };
-  share_out<Numbers>(problem, work, jobs.size(), [&](size_t job, Scratch<Numbers> &scratch) {
-    const Unit &unit = work.units[jobs[job].unit];
+  share_out<Numbers>(problem, work, jobs.size(), [&](int64_t job, int64_t likely, Scratch<Numbers> &scratch) {
+    const auto job_at = [&](int64_t index) { return jobs[static_cast<size_t>(index)]; };
+    const auto unit_of = [&](int64_t index) -> const Unit & { return work.units[job_at(index).unit]; };
+    const Unit &unit = unit_of(job);
     read_queries(problem, unit, scratch);
-    attend_split(problem, unit, jobs[job].split, scratch, states_of(job));
+    const Place following = likely < 0 ? Place{} : begin_of(problem, unit_of(likely), job_at(likely).split);
+    attend_split(problem, unit, job_at(job).split, following, scratch, states_of(static_cast<size_t>(job)));
   });
   for (size_t job = 0; job < jobs.size();) {
     const size_t first = job;

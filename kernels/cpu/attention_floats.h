@@ -5,11 +5,12 @@
  *   queries  [rows][padded / kTogether]     keys     [D / kTogether][64], transposed
  *   values   [64 / kTogether][padded]       weights  [4][64 / kTogether]
  *   read_query, read_keys, read_values      fill these; keys and values that are not there become anything: no row sees them
- *   max_of(scores, max)                     the greatest of a row's scores and max
- *   weigh(scores, max, weights)             weights := exp(scores - max), scores are scratch; gives their sum
+ *   weigh(scores, keys, max, weights)       weights := exp(scores - greatest), 0 outside of the range `keys`; gives the sum of the
+ *                                           weights and the greatest of max and the scores in it. scores are scratch
  *   score_rows<Rows>   scores[r,j] = sum_d queries[r,d] keys[d,j]                  d ascending
  *   add_values<Rows>   sums[r,:] += sum_j weights[r,j] values[j,:]                 j ascending in a range of keys
- *   whole(keys)        the part of a range that several rows may add together */
+ *   whole(keys)        the part of a range that several rows may add together
+ * While they work they ask for the `next` tile. */
 #pragma once
 #include "cpu/attention_scratch.h"
 
@@ -69,23 +70,25 @@ struct FloatNumbers {
 
   static void read_query(const void *q, int32_t dtype, int64_t size, float *to) { read_floats(q, dtype, size, to); }
 
-  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch) {
+  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       float *to = scratch.keys + chunk * kChunk;
       for (int64_t row = 0; chunks.of[chunk] && row < shape.rows; ++row, to += 2 * kTile) {
         read_floats(chunks.of[chunk] + row * shape.stride, problem.args.k_cache.dtype, shape.numbers, scratch.few);
+        next.ask();
         part(scratch.few, kChunk, to, to + kTile);
       }
     }
   }
 
-  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch) {
+  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<FloatNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       float *to = scratch.values + chunk * kChunk * problem.padded;
       for (int64_t row = 0; chunks.of[chunk] && row < shape.rows; ++row, to += 2 * problem.padded) {
         read_floats(chunks.of[chunk] + row * shape.stride, problem.args.v_cache.dtype, shape.numbers, scratch.few);
+        next.ask();
         part(scratch.few, problem.size, to, to + problem.padded);
         std::fill(to + problem.size, to + problem.padded, 0.0f);
         std::fill(to + problem.padded + problem.size, to + 2 * problem.padded, 0.0f);
@@ -106,25 +109,30 @@ struct FloatNumbers {
     return maxima[0];
   }
 
-  static float weigh(const float *scores, float max, float *weights) {
+  static Weighed weigh(float *scores, Range keys, float max_before, float *weights) {
+    std::fill_n(scores, keys.first, kNever);
+    std::fill(scores + keys.last, scores + kTile, kNever);
+    const float max = max_of(scores, max_before);
     for (int j = 0; j < kTile; ++j) weights[j] = exp_of(scores[j] - max);
-    return sum_of(weights);
+    return {max, sum_of(weights)};
   }
 
   static Range whole(Range keys) { return keys; }
 
   template <int Rows>
-  static void score_rows(const float *queries, int64_t row_words, int64_t size, const float *keys, float *scores) {
+  static void score_rows(const float *queries, int64_t row_words, int64_t size, const float *keys, float *scores, TileCache &next) {
     for (int64_t j = 0; j < kTile; j += 2 * kLanes) {
       Sums<Rows> sums = {};
+      next.ask();
       for (int64_t d = 0; d < size; ++d) sums.add(queries + d, row_words, keys + d * kTile + j);
       sums.write(scores + j, kTile);
     }
   }
 
   template <int Rows>
-  static void add_values(const float *weights, const float *values, int64_t padded, Range keys, float *so_far) {
+  static void add_values(const float *weights, const float *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
     for (int64_t d = 0; d < padded; d += 2 * kLanes) {
+      next.ask();
       Sums<Rows> sums;
       sums.read(so_far + d, padded);
       for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, values + j * padded + d);

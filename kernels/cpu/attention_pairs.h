@@ -37,40 +37,44 @@ struct PairNumbers {
 
   static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) { std::memcpy(to, q, static_cast<size_t>(2 * size)); }
 
-  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
-    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<Bytes>(problem, chunks, scratch);
-    else read_keys_of<Halves>(problem, chunks, scratch);
+  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
+    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<Bytes>(problem, chunks, scratch, next);
+    else read_keys_of<Halves>(problem, chunks, scratch, next);
   }
 
-  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
-    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<Bytes>(problem, chunks, scratch);
-    else read_values_of<Halves>(problem, chunks, scratch);
-  }
-
-  static float max_of(const float *scores, float max) {
-    const __m512 lower = _mm512_max_ps(_mm512_loadu_ps(scores), _mm512_loadu_ps(scores + 16));
-    const __m512 upper = _mm512_max_ps(_mm512_loadu_ps(scores + 32), _mm512_loadu_ps(scores + 48));
-    return std::max(max, _mm512_reduce_max_ps(_mm512_max_ps(lower, upper)));
+  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
+    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<Bytes>(problem, chunks, scratch, next);
+    else read_values_of<Halves>(problem, chunks, scratch, next);
   }
 
   /* Sums what the weights are after rounding, so that the mean of equal values is that value. */
-  static float weigh(const float *scores, float max, uint32_t *weights) {
+  [[gnu::always_inline]] static Weighed weigh(const float *scores, Range keys, float max_before, uint32_t *weights) {
+    const uint64_t below_last = keys.last >= 64 ? ~0ull : (1ull << keys.last) - 1, is_seen = below_last & ~0ull << keys.first;
+    __m512 seen[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __mmask16 mask = static_cast<__mmask16>(is_seen >> 16 * i);
+      seen[i] = _mm512_mask_loadu_ps(_mm512_set1_ps(kNever), mask, scores + 16 * i);
+    }
+    const __m512 greatest = _mm512_max_ps(_mm512_max_ps(seen[0], seen[1]), _mm512_max_ps(seen[2], seen[3]));
+    const float max = std::max(max_before, _mm512_reduce_max_ps(greatest));
     __m512 sum = _mm512_setzero_ps();
-    for (int j = 0; j < kTile; j += 32) {
-      const __m512 first = exp_from(scores + j, max), second = exp_from(scores + j + 16, max);
-      const __m512bh pairs = _mm512_cvtne2ps_pbh(second, first);
-      _mm512_storeu_si512(weights + j / 2, (__m512i)pairs);
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(exp_of_lanes(seen[i + 1], max), exp_of_lanes(seen[i], max));
+      _mm512_storeu_si512(weights + 8 * i, (__m512i)pairs);
       sum = _mm512_dpbf16_ps(sum, pairs, (__m512bh)_mm512_set1_epi16(0x3f80)); /* times 1 */
     }
-    return _mm512_reduce_add_ps(sum);
+    return {max, _mm512_reduce_add_ps(sum)};
   }
 
   static Range whole(Range keys) { return {(keys.first + 1) / 2 * 2, keys.last / 2 * 2}; }
 
   template <int Rows>
-  static void score_rows(const uint32_t *queries, int64_t row_words, int64_t size, const uint32_t *keys, float *scores) {
+  static void score_rows(const uint32_t *queries, int64_t row_words, int64_t size, const uint32_t *keys, float *scores, TileCache &next) {
     __m512 sums[Rows][4] = {};
     for (int64_t word = 0; word < size / 2; ++word, keys += kTile) {
+      if (word % 2) next.ask();
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const __m512bh query = broadcast(queries[r * row_words + word]);
@@ -87,39 +91,36 @@ struct PairNumbers {
 
   /* A pair of which only one key is in the range has 0 for the other's values: they may be infinite. */
   template <int Rows>
-  static void add_values(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far) {
+  static void add_values(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
     if (keys.is_empty()) return;
-    const Range pairs = {(keys.first + 1) / 2, keys.last / 2};
-    for (int64_t d = 0; d < padded; d += 32) {
-      Lines<Rows> lines(so_far + d, padded);
-      if (keys.first % 2) lines.add(weights, values + d, padded, keys.first / 2, 0xffff0000u);
-      for (int64_t pair = pairs.first; pair < pairs.last; ++pair) lines.add(weights, values + d, padded, pair, ~0u);
-      if (keys.last % 2 && keys.last / 2 >= pairs.first) lines.add(weights, values + d, padded, keys.last / 2, 0xffffu);
-      lines.write(so_far + d, padded);
-    }
+    int64_t d = 0;
+    for (; d + 64 <= padded; d += 64) add_to_lines<Rows, 4>(weights, values + d, padded, keys, so_far + d, next);
+    if (d < padded) add_to_lines<Rows, 2>(weights, values + d, padded, keys, so_far + d, next);
   }
 
  private:
   template <class Numbers>
-  static void read_keys_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+  static void read_keys_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       const char *from = chunks.of[chunk];
       uint32_t *to = scratch.keys + chunk * kChunk;
       for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += kTile) {
+        if (row % 4 == 0) next.ask();
         _mm512_storeu_si512(to, Numbers::read(from, shape.numbers));
       }
     }
   }
 
   template <class Numbers>
-  static void read_values_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch) {
+  static void read_values_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
     const int64_t bytes = bytes_of(problem.args.v_cache.dtype);
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       const char *from = chunks.of[chunk];
       uint32_t *to = scratch.values + chunk * kChunk / 2 * problem.padded;
       for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += problem.padded) {
+        next.ask();
         for (int64_t i = 0; i < 2 * problem.padded; i += 32) {
           const int64_t left = std::max<int64_t>(0, shape.numbers - i);
           _mm512_storeu_si512(to + i / 2, Numbers::read(from + i * bytes, left));
@@ -129,8 +130,8 @@ struct PairNumbers {
   }
 
   /* e^(scores - max) within 3e-6, for what is at most 0: 2^n 2^r, |r| <= 1/2, Taylor to r^5; 0 far below. */
-  static __m512 exp_from(const float *scores, float max) {
-    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_sub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(max)));
+  static __m512 exp_of_lanes(__m512 scores, float max) {
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_sub_ps(scores, _mm512_set1_ps(max)));
     const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
     const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(t, n);
     __m512 p = _mm512_set1_ps(0.00133335581f);
@@ -143,40 +144,42 @@ struct PairNumbers {
   static __m512bh broadcast(uint32_t word) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(word)); }
   static __m512bh load_pairs(const uint32_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
 
-  /* 32 sums of each row. */
-  template <int Rows>
-  struct Lines {
-    __m512 left[Rows], right[Rows];
-
-    Lines(const float *from, int64_t stride) {
+  /* 16 * Lines sums of each row, in registers: with 64 no addition waits for the one before. */
+  template <int Rows, int Lines>
+  static void add_to_lines(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
+    __m512 sums[Rows][Lines];
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        left[r] = _mm512_loadu_ps(from + r * stride);
-        right[r] = _mm512_loadu_ps(from + r * stride + 16);
-      }
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Lines; ++i) sums[r][i] = _mm512_loadu_ps(so_far + r * padded + 16 * i);
     }
-
-    /* keep: the half of each word that counts, or both. */
-    void add(const uint32_t *weights, const uint32_t *values, int64_t padded, int64_t pair, uint32_t keep) {
-      const __m512i mask = _mm512_set1_epi32(static_cast<int>(keep)), *at = reinterpret_cast<const __m512i *>(values + pair * padded);
-      const __m512bh low = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(at), mask);
-      const __m512bh high = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(at + 1), mask);
+    const auto add = [&](int64_t pair, uint32_t keep) { /* the half of each word that counts, or both */
+      const __m512i mask = _mm512_set1_epi32(static_cast<int>(keep));
+      __m512bh numbers[Lines];
+#pragma GCC unroll 4
+      for (int i = 0; i < Lines; ++i) {
+        numbers[i] = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(values + pair * padded + 16 * i), mask);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         const __m512bh weight = broadcast(weights[r * (kTile / 2) + pair]);
-        left[r] = _mm512_dpbf16_ps(left[r], weight, low);
-        right[r] = _mm512_dpbf16_ps(right[r], weight, high);
-      }
-    }
-
-    void write(float *to, int64_t stride) const {
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        _mm512_storeu_ps(to + r * stride, left[r]);
-        _mm512_storeu_ps(to + r * stride + 16, right[r]);
+        for (int i = 0; i < Lines; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], weight, numbers[i]);
       }
+    };
+    const Range pairs = {(keys.first + 1) / 2, keys.last / 2};
+    if (keys.first % 2) add(keys.first / 2, 0xffff0000u);
+    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
+      if (pair % 2) next.ask();
+      add(pair, ~0u);
     }
-  };
+    if (keys.last % 2 && keys.last / 2 >= pairs.first) add(keys.last / 2, 0xffffu);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Lines; ++i) _mm512_storeu_ps(so_far + r * padded + 16 * i, sums[r][i]);
+    }
+  }
 };
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Problem {
   const lmi_attention_args &args;
   int64_t num_sequences, num_kv_heads, group, size, padded, block_size;
   float scale, v_scale; /* of products, and of what the values come to */
+  bool is_biased;       /* a soft cap counts, too */
   std::vector<float> bias; /* [H, 2 * max_distance + 1]: the relative bias by key minus query position */
 
   int64_t start(int64_t sequence) const { return integers(args.starts)[sequence]; }
@@ -113,7 +114,8 @@ Problem problem_of(const lmi_attention_args &args) {
   const int64_t size = args.q.size[2], kv_heads = args.k_cache.size[1];
   const bool is_scaled = args.k_cache.dtype == LMI_F8E4M3;
   Problem problem{args, args.starts.size[0] - 1, kv_heads, args.q.size[1] / kv_heads, size, (size + kPad - 1) / kPad * kPad,
-                  args.k_cache.size[2], is_scaled ? args.scale * args.k_scale : args.scale, is_scaled ? args.v_scale : 1.0f, {}};
+                  args.k_cache.size[2], is_scaled ? args.scale * args.k_scale : args.scale, is_scaled ? args.v_scale : 1.0f,
+                  args.soft_cap > 0.0f || is_given(args.alibi) || is_given(args.relative_bias), {}};
   for (int64_t b = 0; b < problem.num_sequences; ++b) check_table(problem, b);
   if (is_given(args.relative_bias)) problem.bias = bias_by_distance(args);
   return problem;

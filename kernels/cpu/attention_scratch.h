@@ -53,6 +53,11 @@ struct Row {
   Range seen;
 };
 
+/* Of a row's scores in a tile, with those before: the greatest; and what the tile's weights come to. */
+struct Weighed {
+  float max, sum;
+};
+
 /* Of one unit, or of several one after the other; made for numbers that come `Numbers::kTogether` in a Word (attention_floats.h says
  * what these are). */
 template <class Numbers>
@@ -80,44 +85,62 @@ struct Scratch {
   }
 };
 
+/* A tile of keys on a unit's way, of which its rows see `needed`. */
+struct Place {
+  const Unit *unit; /* null: nowhere */
+  int64_t tile;
+  Range needed;
+};
+
 /* Where a tile's keys or values lie, by chunks; null where no row of the unit sees any. */
 struct TileChunks {
   static constexpr int64_t kChunks = kTile / kChunk;
   const char *of[kChunks] = {};
 
-  TileChunks(const Problem &problem, const lmi_tensor &cache, const Unit &unit, int64_t tile, Range needed,
+  TileChunks(const Problem &problem, const lmi_tensor &cache, const Place &place,
              char *(*begin)(const lmi_tensor &, int64_t, int64_t, int64_t)) {
-    const int32_t *table = integers(problem.args.tables) + unit.sequence * problem.args.tables.stride[0];
+    if (!place.unit) return;
+    const int32_t *table = integers(problem.args.tables) + place.unit->sequence * problem.args.tables.stride[0];
     for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
-      const int64_t key = tile + chunk * kChunk;
-      if (common({key, key + kChunk}, needed).is_empty()) continue;
-      of[chunk] = begin(cache, table[key / problem.block_size], unit.head, key % problem.block_size);
-    }
-  }
-
-  /* Before they are used: blocks lie anywhere in memory, and waiting for them would take most of a decode. */
-  void prefetch(const ChunkShape &shape, int64_t num_bytes) const {
-    for (const char *chunk : of) {
-      for (int64_t row = 0; chunk && row < shape.rows; ++row) {
-        for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(chunk + row * shape.stride + byte, 0, 2);
-      }
+      const int64_t key = place.tile + chunk * kChunk;
+      if (common({key, key + kChunk}, place.needed).is_empty()) continue;
+      of[chunk] = begin(cache, table[key / problem.block_size], place.unit->head, key % problem.block_size);
     }
   }
 };
 
-/* Both of a tile. */
-struct TileCache {
+/* Both of a tile. Those of the next tile are asked for a row of a chunk at a time between the arithmetic: blocks lie anywhere in memory,
+ * and a core waits for what it asks for beyond some 20 lines at once. */
+class TileCache {
+ public:
+  TileCache(const Problem &problem, const Place &place)
+      : keys(problem, problem.args.k_cache, place, chunk_of_keys),
+        values(problem, problem.args.v_cache, place, chunk_of_values),
+        key_shape_(ChunkShape::of_keys(problem.args.k_cache)),
+        value_shape_(ChunkShape::of_values(problem.args.v_cache)),
+        number_bytes_(bytes_of(problem.args.k_cache.dtype)) {}
+
   TileChunks keys, values;
 
-  TileCache(const Problem &problem, const Unit &unit, int64_t tile, Range needed)
-      : keys(problem, problem.args.k_cache, unit, tile, needed, chunk_of_keys),
-        values(problem, problem.args.v_cache, unit, tile, needed, chunk_of_values) {}
-
-  void prefetch(const Problem &problem) const {
-    const ChunkShape shapes[] = {ChunkShape::of_keys(problem.args.k_cache), ChunkShape::of_values(problem.args.v_cache)};
-    keys.prefetch(shapes[0], shapes[0].numbers * bytes_of(problem.args.k_cache.dtype));
-    values.prefetch(shapes[1], shapes[1].numbers * bytes_of(problem.args.v_cache.dtype));
+  void ask() {
+    if (chunk_ == 2 * TileChunks::kChunks) return;
+    const bool is_key = chunk_ < TileChunks::kChunks;
+    const ChunkShape &shape = is_key ? key_shape_ : value_shape_;
+    const char *chunk = is_key ? keys.of[chunk_] : values.of[chunk_ - TileChunks::kChunks];
+    const char *line = chunk + row_ * shape.stride;
+    for (int64_t byte = 0; chunk && byte < shape.numbers * number_bytes_; byte += 64) __builtin_prefetch(line + byte, 0, 2);
+    if (++row_ < shape.rows && chunk) return;
+    row_ = 0;
+    ++chunk_;
   }
+
+  void ask_for_rest() {
+    while (chunk_ < 2 * TileChunks::kChunks) ask();
+  }
+
+ private:
+  ChunkShape key_shape_, value_shape_;
+  int64_t number_bytes_, chunk_ = 0, row_ = 0; /* the next row to ask for, values after keys */
 };
 
 }  // namespace

@@ -6,10 +6,9 @@
 namespace lmi::LMI_LEVEL {
 namespace {
 
-/* From products to scores: scale, soft cap, biases. distance: the tile's first key minus the row's position. */
-void finish_scores(const Problem &problem, int64_t head, int64_t distance, float *scores) {
+/* Of scaled products: soft cap, biases. distance: the tile's first key minus the row's position. */
+void add_biases(const Problem &problem, int64_t head, int64_t distance, float *scores) {
   const lmi_attention_args &args = problem.args;
-  for (int j = 0; j < kTile; ++j) scores[j] *= problem.scale;
   if (args.soft_cap > 0.0f) {
     for (int j = 0; j < kTile; ++j) scores[j] = args.soft_cap * tanh_of(scores[j] / args.soft_cap);
   }
@@ -24,26 +23,34 @@ void finish_scores(const Problem &problem, int64_t head, int64_t distance, float
   }
 }
 
-/* Scores of the keys that the row sees become weights, exp(score - max); the row's states follow the new maximum. */
-template <class Numbers>
-void weigh_row(float *scores, Range keys, const States &states, int64_t row, int64_t padded, typename Numbers::Word *weights) {
-  std::fill_n(scores, keys.first, kNever);
-  std::fill(scores + keys.last, scores + kTile, kNever);
-  const float max = Numbers::max_of(scores, states.max[row]), sum = Numbers::weigh(scores, max, weights);
-  if (max == states.max[row]) { /* most tiles of a long row: what follows would multiply by 1 */
-    states.sum[row] += sum;
-    return;
+/* Scores of the keys that each row sees become weights, exp(score - max); the rows' states follow their new maxima. Without a branch on
+ * whether a maximum has changed: that is as good as random, and a wrong guess waits for all that the maximum depends on. */
+template <class Numbers, int Rows>
+void weigh_rows(float *scores, const Range *seen, const States &states, int64_t row, int64_t padded, typename Numbers::Word *weights) {
+  Weighed weighed[Rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const float max = states.max[row + r];
+    if (seen[r].is_empty()) weighed[r] = {max, 0.0f};
+    else weighed[r] = Numbers::weigh(scores + r * kTile, seen[r], max, weights + r * (kTile / Numbers::kTogether));
   }
-  const float keep = exp_of(states.max[row] - max);
-  states.max[row] = max;
-  states.sum[row] = keep * states.sum[row] + sum;
-  float *values = states.values + row * padded;
-  for (int64_t d = 0; d < padded; ++d) values[d] *= keep;
+  float keep[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    const float before = states.max[row + r], max = weighed[r].max;
+    keep[r] = before == max ? 1.0f : exp_of(before - max);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    states.max[row + r] = weighed[r].max;
+    states.sum[row + r] = keep[r] * states.sum[row + r] + weighed[r].sum;
+    float *values = states.values + (row + r) * padded;
+    for (int64_t d = 0; d < padded; ++d) values[d] *= keep[r];
+  }
 }
 
 /* Rows row .. row+Rows-1 of the unit against the tile in scratch. What all of them see is added side by side, the rest alone. */
 template <class Numbers, int Rows>
-void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numbers> &scratch, const States &states) {
+void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numbers> &scratch, const States &states, TileCache &next) {
+  const float scale = problem.scale;
   Range seen[Rows], shared = {0, kTile};
   bool any = false;
   for (int r = 0; r < Rows; ++r) {
@@ -55,21 +62,22 @@ void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numb
   if (!any) return;
   shared = Numbers::whole(shared);
   const auto add_alone = [&](int r, Range keys) {
+    if (keys.is_empty()) return;
     Numbers::template add_values<1>(scratch.weights + r * scratch.kWords, scratch.values, problem.padded, keys,
-                                    states.values + (row + r) * problem.padded);
+                                    states.values + (row + r) * problem.padded, next);
   };
   const typename Numbers::Word *queries = scratch.queries + row * scratch.row_words;
-  Numbers::template score_rows<Rows>(queries, scratch.row_words, problem.size, scratch.keys, scratch.scores);
+  Numbers::template score_rows<Rows>(queries, scratch.row_words, problem.size, scratch.keys, scratch.scores, next);
   for (int r = 0; r < Rows; ++r) {
-    if (seen[r].is_empty()) continue;
     float *scores = scratch.scores + r * kTile;
-    const Row &about = scratch.about[row + r];
-    finish_scores(problem, about.head, tile - about.position, scores);
-    weigh_row<Numbers>(scores, seen[r], states, row + r, problem.padded, scratch.weights + r * scratch.kWords);
-    add_alone(r, {seen[r].first, shared.is_empty() ? seen[r].last : shared.first});
+    for (int j = 0; j < kTile; ++j) scores[j] *= scale;
+    if (problem.is_biased) add_biases(problem, scratch.about[row + r].head, tile - scratch.about[row + r].position, scores);
   }
+  weigh_rows<Numbers, Rows>(scratch.scores, seen, states, row, problem.padded, scratch.weights);
+  for (int r = 0; r < Rows; ++r) add_alone(r, {seen[r].first, shared.is_empty() ? seen[r].last : shared.first});
   if (shared.is_empty()) return;
-  Numbers::template add_values<Rows>(scratch.weights, scratch.values, problem.padded, shared, states.values + row * problem.padded);
+  Numbers::template add_values<Rows>(scratch.weights, scratch.values, problem.padded, shared, states.values + row * problem.padded,
+                                          next);
   for (int r = 0; r < Rows; ++r) add_alone(r, {shared.last, seen[r].last});
 }
 
