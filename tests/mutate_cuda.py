@@ -54,6 +54,13 @@ RULES = [
 HARMLESS = [
     ("attention_plain.cuh", "drop a barrier", "__syncwarp", "orders memory on a GPU; here lanes meet in the shuffles beside it"),
     ("attention_tiles.cuh", "drop a barrier", "__syncwarp", "orders memory on a GPU; here lanes meet in the products beside it"),
+    ("attention_sm90.cuh", "drop a barrier", "nobody reads the queries", "a warp writes where, here, only its own products read"),
+    (
+        "attention_sm90.cuh",
+        "drop a barrier",
+        "a warp copies its own",
+        "orders memory on a GPU; here lanes meet in the stores before it",
+    ),
     ("attention_plain.cuh", "shift an index", "of_warps[threadIdx.x / 32]", "each warp still has a place of its own"),
     ("logits.cuh", "shift an index", "of_warp[threadIdx.x / 32]", "each warp still has a place of its own"),
     ("sampling.cu", "shift an index", "of_warp[threadIdx.x / 32]", "each warp still has a place of its own"),

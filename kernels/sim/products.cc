@@ -10,7 +10,7 @@
 namespace lmi::sim {
 namespace {
 
-constexpr int kRows = 64, kDepth = 16, kMaxColumns = 256;
+constexpr int kRows = 16, kDepth = 16, kMaxColumns = 256; /* rows of a warp */
 constexpr int kTaken = 0xff; /* what D is filled with while a product has it: not a number */
 
 struct Operands {
@@ -34,19 +34,19 @@ void check_alike(const Product &first, const Product &other) {
 }
 
 void read_left(Product *const *lanes, Operands &operands) {
-  for (unsigned lane = 0; lane < kGroupSize; ++lane) {
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     const Product &product = *lanes[lane];
     if (std::memcmp(product.a_before, product.a_registers, sizeof product.a_before)) {
-      fail("wgmma: thread %u changes registers of A before the wait", lane);
+      fail("wgmma: lane %u changes registers of A before the wait", lane);
     }
     for (int r = 0; r < 4; ++r) {
-      const unsigned row = lane / 32 * 16 + lane % 32 / 4 + r % 2 * 8, column = lane % 4 * 2 + r / 2 * 8;
+      const unsigned row = lane / 4 + r % 2 * 8, column = lane % 4 * 2 + r / 2 * 8;
       for (unsigned i = 0; i < 2; ++i) operands.a[row][column + i] = product.number(product.a_registers[r] >> 16 * i & 0xffff);
     }
   }
 }
 
-void read_operands(Product *const *lanes, Operands &operands) {
+void read_operands(Product *const *lanes, int warp, Operands &operands) {
   const Product &product = *lanes[0];
   float chunk[8];
   if (product.a_registers) {
@@ -54,7 +54,7 @@ void read_operands(Product *const *lanes, Operands &operands) {
   } else {
     const MatrixPlace a(product.a);
     for (int i = 0; i < kRows * kDepth; i += 8) {
-      read_chunk(product, a.at(i / kDepth, i % kDepth), chunk);
+      read_chunk(product, a.at(warp * kRows + i / kDepth, i % kDepth), chunk);
       std::memcpy(&operands.a[i / kDepth][i % kDepth], chunk, sizeof chunk);
     }
   }
@@ -67,11 +67,11 @@ void read_operands(Product *const *lanes, Operands &operands) {
   }
 }
 
-/* Sums in the order of mma.sync's twin: 16 products first, then onto what is there. */
-void multiply(Product *const *lanes) {
+/* A warp's 16 rows. Sums in the order of mma.sync's twin: 16 products first, then onto what is there. */
+void multiply(Product *const *lanes, int warp) {
   static Operands operands;
   static float products[kRows][kMaxColumns];
-  read_operands(lanes, operands);
+  read_operands(lanes, warp, operands);
   const int columns = lanes[0]->columns;
   for (int row = 0; row < kRows; ++row) {
     for (int column = 0; column < columns; ++column) products[row][column] = 0.0f;
@@ -80,10 +80,10 @@ void multiply(Product *const *lanes) {
       for (int column = 0; column < columns; ++column) products[row][column] += a * operands.b[k][column];
     }
   }
-  for (unsigned lane = 0; lane < kGroupSize; ++lane) {
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     Product &product = *lanes[lane];
     for (int i = 0; i < columns / 2; ++i) {
-      const unsigned row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const unsigned row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       product.sums[i] = product.is_added ? product.sums[i] + products[row][column] : products[row][column];
     }
     product.is_done = true;
@@ -143,26 +143,37 @@ void ProductGroups::commit() {
   groups_.push_back(std::move(open_));
   open_.clear();
   if (!is_random()) return;
-  with_group(*this, "wgmma.commit_group", [](ProductGroups **lanes) {
-    if (random_number() % 2) run(lanes, lanes[0]->groups_.size());
+  with_warp(~0u, *this, "wgmma.commit_group", [](ProductGroups **lanes) {
+    if (random_number() % 2) run(lanes, static_cast<int>(current->warp % (kGroupSize / kWarpSize)), lanes[0]->groups_.size());
   });
 }
 
-/* The oldest num_groups groups of all lanes, product by product, as far as they are not done. */
-void ProductGroups::run(ProductGroups *const *lanes, size_t num_groups) {
+void ProductGroups::check_warps_alike(const ProductGroups &first, const ProductGroups &other) {
+  bool is_alike = first.groups_.size() == other.groups_.size();
+  for (size_t group = 0; is_alike && group < first.groups_.size(); ++group) {
+    const std::vector<Product> &own = first.groups_[group], &others = other.groups_[group];
+    is_alike = own.size() == others.size();
+    for (size_t i = 0; is_alike && i < own.size(); ++i) check_alike(own[i], others[i]);
+  }
+  if (!is_alike) fail("wgmma: threads of the four warps issue different products");
+}
+
+/* The oldest num_groups groups of a warp's lanes, product by product, as far as they are not done. A warp does not wait for the other
+ * three: what they have yet to write to shared memory is not there. */
+void ProductGroups::run(ProductGroups *const *lanes, int warp, size_t num_groups) {
   for (size_t group = 0; group < num_groups; ++group) {
     const size_t num_products = lanes[0]->groups_[group].size();
     for (size_t i = 0; i < num_products; ++i) {
-      Product *products[kGroupSize];
-      for (unsigned lane = 0; lane < kGroupSize; ++lane) {
+      Product *products[kWarpSize];
+      for (unsigned lane = 0; lane < kWarpSize; ++lane) {
         std::vector<std::vector<Product>> &own = lanes[lane]->groups_;
         if (own.size() <= group || own[group].size() != num_products) fail("wgmma: threads of the four warps issue different products");
         products[lane] = &own[group][i];
         check_alike(*products[0], *products[lane]);
       }
       if (products[0]->is_done) continue;
-      multiply(products);
-      for (unsigned lane = 0; lane < kGroupSize; ++lane) lanes[lane]->hand_on(group, i);
+      multiply(products, warp);
+      for (unsigned lane = 0; lane < kWarpSize; ++lane) lanes[lane]->hand_on(group, i);
     }
   }
 }
@@ -198,7 +209,8 @@ void ProductGroups::wait(unsigned num_left) {
   with_group(*this, "wgmma.wait_group", [num_left](ProductGroups **lanes) {
     const size_t num_groups = lanes[0]->groups_.size();
     if (num_groups <= num_left) return;
-    run(lanes, num_groups - num_left);
+    for (unsigned lane = 0; lane < kGroupSize; ++lane) check_warps_alike(*lanes[0], *lanes[lane]);
+    for (unsigned warp = 0; warp < kGroupSize / kWarpSize; ++warp) run(lanes + warp * kWarpSize, static_cast<int>(warp), num_groups - num_left);
     for (unsigned lane = 0; lane < kGroupSize; ++lane) lanes[lane]->take_back(num_groups - num_left);
   });
   is_fenced_ = false;

@@ -1,6 +1,6 @@
 /* wgmma: products of four warps, D[64,N] += A[64,16] B[16,N], which run while their threads go on. B lies in shared memory, A there
  * or in registers, D in registers. As late as the wait for it allows a product reads shared memory and A, in the random order also
- * when its group is committed; D is not a number meanwhile. What a GPU leaves undefined is reported: registers that change while a
+ * when a warp commits its group, whatever the other warps have yet to do; D is not a number meanwhile. What a GPU leaves undefined is reported: registers that change while a
  * product reads or sums into them, a product without a fence after the last wait, threads of the four warps that differ. */
 #pragma once
 #include <cstddef>
@@ -43,7 +43,8 @@ class ProductGroups {
   void wait(unsigned num_left); /* all but the newest num_left groups are done, and D has their sums */
 
  private:
-  static void run(ProductGroups *const *lanes, size_t num_groups);
+  static void check_warps_alike(const ProductGroups &first, const ProductGroups &other);
+  static void run(ProductGroups *const *lanes, int warp, size_t num_groups);
   void hand_on(size_t group, size_t i);
   void take_back(size_t num_groups);
 
