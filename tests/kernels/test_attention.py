@@ -479,7 +479,7 @@ def test_prompts_on_sm90a_have_the_same_bits(library: Library, options: dict[str
 @pytest.mark.sim_column
 @pytest.mark.parametrize(("heads", "size"), [((1, 1), 8), ((3, 3), 40), ((6, 2), 64), ((7, 1), 72), ((16, 1), 128)])
 def test_prompts_on_sm90a_take_heads_and_sizes(library: Library, heads: tuple[int, int], size: int) -> None:
-    check_prompts(library, Batch.of((93, 150), (93, 5), heads=heads, size=size, dtype=torch.bfloat16))
+    check_prompts(library, Batch.of((97, 150), (97, 5), heads=heads, size=size, dtype=torch.bfloat16))
 
 
 def in_blocks_of(batch: Batch, block_size: int) -> Batch:
@@ -503,11 +503,14 @@ def test_prompts_on_sm90a_take_blocks_that_fit_tiles(library: Library, block_siz
 
 @pytest.mark.sim_column
 def test_prompts_on_sm90a_have_keys_of_their_own(library: Library) -> None:
-    """More queries than keys, none at all, and tables whose blocks before the window are gone."""
+    """More queries than keys, none at all, and a window before which blocks are gone and the key next to it is no number."""
     check_prompts(library, Batch.of((5, 0, 200), (90, 80, 70), dtype=torch.bfloat16), causal=False)
     check_prompts(library, Batch.of((0, 3), (70, 100), dtype=torch.bfloat16))
     gone = Batch.of((600,), (40,), dtype=torch.bfloat16)
-    gone.tables[0, : (600 - 40 - 49) // BLOCK_SIZE] = -1
+    before = 600 - 40 - 50
+    gone.k_cache[gone.tables[0, before // BLOCK_SIZE], :, before % BLOCK_SIZE] = NAN
+    gone.v_cache[gone.tables[0, before // BLOCK_SIZE], :, before % BLOCK_SIZE] = NAN
+    gone.tables[0, : before // BLOCK_SIZE] = -1
     check_prompts(library, gone, window=50)
 
 
