@@ -86,7 +86,7 @@ def run_on(runner: Runner, scheduler: Any, inputs: dict[int, ModelInput], num_st
         for chunk in plan.rows:
             if wants_token(chunk):
                 course = courses[chunk.sequence]
-                course.logits.append(next(logits))
+                course.logits.append(next(logits).clone())  # the next step may overwrite it
                 course.ids.append(int(course.logits[-1].argmax()))
                 tokens[chunk.sequence] = course.ids[-1:]
         scheduler.commit(plan, tokens)

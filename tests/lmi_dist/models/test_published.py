@@ -132,7 +132,7 @@ def inventory_of(folder: Path, name: str, ranks: Ranks, shapes: Shapes) -> tuple
     config = read_config(folder)
     tensors = {tensor: TensorInfo(folder / "model.safetensors", shape, torch.bfloat16) for tensor, shape in shapes.items()}
     checkpoint = cast(Checkpoint, SimpleNamespace(tensors=tensors))
-    inventory = Inventory(checkpoint, torch.bfloat16, Link(ranks))
+    inventory = Inventory(checkpoint, torch.bfloat16, Link(ranks), device=torch.device("meta"))
     with torch.device("meta"):
         model = model_class(config.architecture)(config, inventory, min(config.max_position, 4096))
     return inventory, model.ignored
