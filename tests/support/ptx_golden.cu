@@ -3,6 +3,7 @@
  * same random input. A wrapper that no row of the table names fails tests/benchmarks' test. */
 #include <string>
 
+#include "cuda/fp8.cuh"
 #include "ptx_golden_sm90.cuh"
 
 namespace {
@@ -102,6 +103,15 @@ __global__ void exp2_kernel(const uint32_t *in, uint32_t *out) {
   memcpy(out + threadIdx.x, &x, sizeof x);
 }
 
+/* Four fp8 numbers of each word, all that a byte can be, as bf16 and as f16. */
+__global__ void widen_kernel(const uint32_t *in, uint32_t *out) {
+  uint32_t to[2];
+  widen<bf16>(in[threadIdx.x], to);
+  memcpy(out + 4 * threadIdx.x, to, sizeof to);
+  widen<f16>(in[threadIdx.x], to);
+  memcpy(out + 4 * threadIdx.x + 2, to, sizeof to);
+}
+
 /* ---- the table ---- */
 
 const Golden kGoldens[] = {
@@ -114,6 +124,7 @@ const Golden kGoldens[] = {
     {"mma int8", "multiply_int8", "int8 product", "80", 10 * kWarp, 4 * kWarp, run_block<product_kernel<Int8Product>, kWarp, 0>},
     {"named barriers", "sync_barrier arrive_barrier", "words", "80", 2 * kWarp, 2 * kBlock, run_block<barriers_kernel, kBlock, 4 * kWarp>},
     {"exp2", "exp2_fast", "exponents", "80", kBlock, kBlock, run_block<exp2_kernel, kBlock, 0>},
+    {"fp8 widened", "multiply_pairs", "words", "80", kBlock, 4 * kBlock, run_block<widen_kernel, kBlock, 0>},
     LMI_GOLDENS_SM90,
 };
 
