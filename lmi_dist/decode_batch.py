@@ -9,13 +9,28 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
-from lmi_dist.config import BLOCK_SIZE
+from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.kv_cache import KVCache
 from lmi_dist.plan import Chunk
 
+MAX_SEQUENCES = 64  # in a recorded step on a CPU: a larger one takes so long that Python's part is small
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of CUDA graphs, each of which takes time to capture and memory
+
 COLUMNS = ("ids", "positions", "rope_lengths", "slots", "key_lengths", "cross_lengths")
 PADDING = (0, 0, 1, -1, 0, 0)
+
+
+def recorded_sizes(config: EngineConfig) -> Sequence[int]:
+    """Numbers of sequences whose decode steps are recorded on the column in use, ascending; none if all steps run from Python."""
+    column = ops.chosen().name
+    if config.enforce_eager or column == "torch":  # which has no calls to record
+        return ()
+    if column != "cuda":
+        return range(1, min(config.max_batch_size, MAX_SEQUENCES) + 1)
+    largest = min(config.max_batch_size, GRAPH_SIZES[-1])
+    return [*(size for size in GRAPH_SIZES if size < largest), largest]
 
 
 def is_decode(chunks: Sequence[Chunk]) -> bool:
@@ -29,16 +44,23 @@ class DecodeBatch:
     def __init__(self, max_size: int, max_blocks: int, cache: KVCache, *, has_cross: bool) -> None:
         width = 2 * max_blocks if has_cross else max_blocks
         self._cache, self._has_cross, self._max_blocks = cache, has_cross, max_blocks
-        self._memory = np.full(max_size * (len(COLUMNS) + width), -1, np.int32)
-        self._columns = self._memory[: max_size * len(COLUMNS)].reshape(len(COLUMNS), max_size)
-        self._tables = self._memory[max_size * len(COLUMNS) :].reshape(max_size, width)
+        device = cache.layers[0].k.device
+        self._here = torch.full((max_size * (len(COLUMNS) + width),), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._there = self._here.to(device)  # itself on a CPU
+        self._num_columns, self._shape = max_size * len(COLUMNS), (max_size, width)
+        self._columns, self._tables = (part.numpy() for part in self._parts(self._here))
         self._written: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())] * max_size  # what each row of tables holds
-        self._counting = torch.arange(max_size + 1, dtype=torch.int32)
+        self._counting = torch.arange(max_size + 1, dtype=torch.int32, device=device)
+
+    def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns, a row each, and the tables, a row a sequence."""
+        columns, tables = memory[: self._num_columns], memory[self._num_columns :]
+        return columns.view(len(COLUMNS), -1), tables.view(self._shape)
 
     def batch(self, size: int) -> ForwardBatch:
         """Its first `size` rows, as a forward reads them."""
-        columns = dict(zip(COLUMNS, torch.from_numpy(self._columns[:, :size]), strict=True))
-        tables = torch.from_numpy(self._tables[:size])
+        parts = self._parts(self._there)
+        columns, tables = dict(zip(COLUMNS, parts[0][:, :size], strict=True)), parts[1][:size]
         lengths = columns.pop("cross_lengths")
         return ForwardBatch(
             **columns,
@@ -51,7 +73,8 @@ class DecodeBatch:
         )
 
     def fill(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Write a step's decodes, and padding up to `size` rows."""
+        """Write a step's decodes, and padding up to `size` rows. A device gets them in its stream's order; the next step's may be
+        written when this one's results have come back."""
         num = len(chunks)
         for row, chunk in enumerate(chunks):
             if self._written[row] != (chunk.table, chunk.cross_table):
@@ -63,6 +86,8 @@ class DecodeBatch:
         lengths = positions + 1
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         self._columns[:, :num] = ids, positions, np.maximum(prompt_lengths, lengths), slots, lengths, cross_lengths
+        if self._there is not self._here:
+            self._there.copy_(self._here, non_blocking=True)
 
     def _write_tables(self, row: int, chunk: Chunk) -> None:
         for begin, table in ((0, chunk.table), (self._max_blocks, chunk.cross_table if self._has_cross else ())):

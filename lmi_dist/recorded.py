@@ -10,25 +10,22 @@ from collections.abc import Sequence
 import torch
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
-from lmi_dist.decode_batch import DecodeBatch, is_decode
+from lmi_dist.decode_batch import DecodeBatch, is_decode, recorded_sizes
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.models import Model
-from lmi_dist.ops import Arena, Recorder, Recording
+from lmi_dist.ops import Arena, GraphPool, Replayable, chosen
 from lmi_dist.plan import Chunk
 
 logger = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 64  # in a recorded step: a larger one takes so long that Python's part is small
-
 
 class RecordedDecodes:
     """A model's decode steps. `sizes`: numbers of sequences that are recorded, ascending; a step takes the next larger one. What is
-    larger than all of them, or no decode, is not for here. Not for several threads."""
+    larger than all of them, or no decode, is not for here. `memory`: of what the forwards make. Not for several threads."""
 
-    def __init__(self, model: Model, header: DecodeBatch, sizes: Sequence[int]) -> None:
-        self._model, self._header, self._sizes = model, header, sizes
-        self.arena = Arena(sizes[-1])
-        self._recordings: dict[int, Recording] = {}
+    def __init__(self, model: Model, header: DecodeBatch, sizes: Sequence[int], memory: Arena | GraphPool) -> None:
+        self._model, self._header, self._sizes, self._memory = model, header, sizes, memory
+        self._recordings: dict[int, Replayable] = {}
         self.obstacle = ""  # why nothing more is recorded
         self.num_replayed = 0
 
@@ -50,11 +47,9 @@ class RecordedDecodes:
 
     def _record(self, size: int) -> torch.Tensor:
         batch = self._header.batch(size)
-        recorder = Recorder(self.arena, size)
-        logits, recording = recorder.run(lambda: self._model(batch))
+        logits, recording, self.obstacle = self._memory.record(lambda: self._model(batch), size)
         if recording is not None:
             self._recordings[size] = recording
-        self.obstacle = recorder.obstacle
         if self.obstacle:
             logger.info("decode steps run from Python: %s", self.obstacle)
         return logits
@@ -63,9 +58,9 @@ class RecordedDecodes:
 def recorded_decodes(
     model: Model, cache: KVCache, config: EngineConfig, facts: ModelConfig, memory: MemoryPlan
 ) -> RecordedDecodes | None:
-    """Those of a runner's model, on the column in use; None where `enforce_eager` is set."""
-    if config.enforce_eager:
+    """Those of a runner's model, on the column in use; None where none are recorded."""
+    sizes = recorded_sizes(config)
+    if not sizes:
         return None
-    max_size, max_blocks = min(config.max_batch_size, MAX_SEQUENCES), -(-memory.max_model_len // BLOCK_SIZE)
-    header = DecodeBatch(max_size, max_blocks, cache, has_cross=facts.is_encoder_decoder)
-    return RecordedDecodes(model, header, range(1, max_size + 1))
+    header = DecodeBatch(sizes[-1], -(-memory.max_model_len // BLOCK_SIZE), cache, has_cross=facts.is_encoder_decoder)
+    return RecordedDecodes(model, header, sizes, GraphPool() if chosen().name == "cuda" else Arena(sizes[-1]))

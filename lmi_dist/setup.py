@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lmi_dist import ops
 from lmi_dist.config import EngineConfig, ModelConfig
+from lmi_dist.decode_batch import recorded_sizes
 from lmi_dist.device import Device, choose_device
 from lmi_dist.errors import CheckpointError
 from lmi_dist.kv_cache import GpuMemory, MemoryPlan, available_memory, plan_memory
@@ -32,6 +33,7 @@ class Explanation:
     memory: MemoryPlan
     device: Device
     kernels: str
+    decodes: str
     available_bytes: int  # that the plan was made from, on the whole machine; or of a GPU's memory
 
     @property
@@ -46,6 +48,7 @@ class Explanation:
             *self.memory.arithmetic,
             f"device {self.device.type} ({self.device.reason})",
             f"kernels {self.kernels}",
+            f"decode steps {self.decodes}",
         )
 
     @property
@@ -81,7 +84,24 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
         "kv_cache_memory_bytes": pool_bytes,
     }
     chosen = config.model_copy(update=choices)
-    return Explanation(config=chosen, model=model, memory=memory, device=device, kernels=kernels, available_bytes=available_bytes)
+    return Explanation(
+        config=chosen,
+        model=model,
+        memory=memory,
+        device=device,
+        kernels=kernels,
+        decodes=_decodes(config),
+        available_bytes=available_bytes,
+    )
+
+
+def _decodes(config: EngineConfig) -> str:
+    sizes = recorded_sizes(config)
+    if not sizes:
+        return "run from Python: " + ("enforce_eager=true" if config.enforce_eager else "torch's operations are not recorded")
+    if isinstance(sizes, range):
+        return f"of up to {sizes[-1]} sequences are recorded and replayed"
+    return f"are CUDA graphs of {', '.join(map(str, sizes))} sequences"
 
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBase":

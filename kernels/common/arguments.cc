@@ -226,6 +226,7 @@ void check_arguments(const lmi_embedding_args &args) {
   check_dims("ids", args.ids, 1);
   check_dtype("ids", args.ids, LMI_I32);
   check("out", args.out, args.table.dtype, {{"T", args.ids.size[0]}, {"E", args.table.size[1]}});
+  check_optional("residual", args.residual, args.table.dtype, {{"T", args.ids.size[0]}, {"E", args.table.size[1]}});
 }
 
 void check_arguments(const lmi_moe_route_args &args) {

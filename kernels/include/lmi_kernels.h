@@ -181,9 +181,10 @@ typedef struct {
 } lmi_activation_args;
 LMI_API lmi_status lmi_activation(const lmi_activation_args *args, lmi_stream stream);
 
-/* out[t,:] = scale * table[ids[t] - first_id, :], or 0 for an id outside of the table (another rank's). ids: I32 [T]  table: [V,E]. */
+/* out[t,:] = scale * table[ids[t] - first_id, :] (+ residual[t,:]), with 0 for an id outside of the table (another rank's). ids: I32 [T]
+ * table: [V,E]  residual: [T,E] */
 typedef struct {
-  lmi_tensor out, ids, table;
+  lmi_tensor out, ids, table, residual;
   int64_t first_id;
   float scale;
 } lmi_embedding_args;

@@ -37,14 +37,14 @@ class Positions:
     def load(cls, weights: Weights, prefix: str, num_positions: int, hidden_size: int, *, offset: int = 0) -> "Positions":
         return cls(weights.tensor(f"{prefix}.weight", (num_positions + offset, hidden_size)), offset)
 
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        """[T,E]"""
-        return ops.embedding(batch.positions, self.table, first_id=-self.offset)
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """x: [T,E]; gives it with its positions added."""
+        return ops.embedding(batch.positions, self.table, first_id=-self.offset, residual=x)
 
 
-def output_rows(x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    """The rows of x [T,E] whose logits are wanted: [R,E]."""
-    return ops.embedding(batch.output_rows, x)
+def output_rows(x: torch.Tensor, batch: ForwardBatch, *, scale: float = 1.0) -> torch.Tensor:
+    """The rows of x [T,E] whose logits are wanted, times `scale`: [R,E]."""
+    return ops.embedding(batch.output_rows, x, scale=scale)
 
 
 class Head:

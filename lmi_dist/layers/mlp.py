@@ -50,8 +50,8 @@ class MLP:
             ACTIVATIONS[activation],
         )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return self.down(self.up(x, batch, activation=self.activation), batch)
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return self.down(self.up(x, batch, activation=self.activation), batch, residual=residual)
 
 
 class GatedMLP:

@@ -45,7 +45,8 @@ class PerHead:
         self.norm = norm
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.reshape(-1, x.shape[-1])).view(x.shape)
+        dense = ops.activation(x.flatten(1), "identity", gated=False)  # a head is part of a longer row
+        return self.norm(dense.view(-1, x.shape[-1])).view(x.shape)
 
 
 class AcrossHeads:

@@ -41,9 +41,9 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         normed = self.attn_norm(x)
-        x = (normed if self.adds_normed else x) + self.attn(normed, batch)
+        x = self.attn(normed, batch, residual=normed if self.adds_normed else x)
         normed = self.mlp_norm(x)
-        return (normed if self.adds_normed else x) + self.mlp(normed, batch)
+        return self.mlp(normed, batch, residual=normed if self.adds_normed else x)
 
 
 class BloomForCausalLM(Decoder):

@@ -67,12 +67,11 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         normed = self.attn_norm(x)
-        attended = self.attn(normed, batch)
+        attended = self.attn(normed, batch, residual=x)
         if self.is_parallel:
-            return x + attended + self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x), batch)
+            return self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x), batch, residual=attended)
         assert self.mlp_norm is not None, "blocks in a row have a norm each"
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), batch)
+        return self.mlp(self.mlp_norm(attended), batch, residual=attended)
 
 
 class FalconForCausalLM(Decoder):

@@ -42,8 +42,8 @@ class Layer:
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), batch)
-        return x + self.mlp(self.mlp_norm(x), batch)
+        x = self.attn(self.attn_norm(x), batch, residual=x)
+        return self.mlp(self.mlp_norm(x), batch, residual=x)
 
 
 class GPT2LMHeadModel(Decoder):
@@ -59,7 +59,7 @@ class GPT2LMHeadModel(Decoder):
         self.norm = LayerNorm.load(weights, "transformer.ln_f", config.hidden_size, eps)
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
-        return self.tokens(batch) + self.positions(batch)
+        return self.positions(self.tokens(batch), batch)
 
     def load_layer(self, config: ModelConfig, weights: Weights, layer: int) -> Layer:
         return Layer(config, weights, layer, joined(f"transformer.h.{layer}.attn.c_attn"), transposed=True)

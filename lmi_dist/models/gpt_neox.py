@@ -41,11 +41,8 @@ class Layer:
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        attended = self.attn(self.attn_norm(x), batch)
-        if self.is_parallel:
-            return x + attended + self.mlp(self.mlp_norm(x), batch)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), batch)
+        attended = self.attn(self.attn_norm(x), batch, residual=x)
+        return self.mlp(self.mlp_norm(x if self.is_parallel else attended), batch, residual=attended)
 
 
 class GPTNeoXForCausalLM(Decoder):

@@ -41,7 +41,7 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         normed = self.norm(x)
-        return x + self.attn(normed, batch) + self.mlp(normed, batch)
+        return self.mlp(normed, batch, residual=self.attn(normed, batch, residual=x))
 
 
 class GPTJForCausalLM(Decoder):

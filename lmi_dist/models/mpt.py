@@ -67,11 +67,11 @@ class Attention:
             qk_norm=qk_norm,
         )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor) -> torch.Tensor:
         qkv = self.inner.qkv(x, batch)
         if self.clip:
             qkv = qkv.clamp(-self.clip, self.clip)
-        return self.inner.out(self.inner.attend(qkv, batch), batch)
+        return self.inner.out(self.inner.attend(qkv, batch), batch, residual=residual)
 
 
 class Layer:
@@ -93,8 +93,8 @@ class Layer:
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), batch)
-        return x + self.mlp(self.mlp_norm(x), batch)
+        x = self.attn(self.attn_norm(x), batch, residual=x)
+        return self.mlp(self.mlp_norm(x), batch, residual=x)
 
 
 class MptForCausalLM(Decoder):
@@ -112,10 +112,11 @@ class MptForCausalLM(Decoder):
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
         x = self.tokens(batch)
-        return x if self.positions is None else x + self.positions(batch)
+        return x if self.positions is None else self.positions(x, batch)
 
     def score(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return super().score(x, batch) * self.logit_scale
+        logits = super().score(x, batch)
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
 
 def has_alibi(config: ModelConfig) -> bool:

@@ -39,10 +39,10 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         if self.norms_first:
-            x = x + self.attn(self.attn_norm(x), batch)
-            return x + self.mlp(self.mlp_norm(x), batch)
-        x = self.attn_norm(x + self.attn(x, batch))
-        return self.mlp_norm(x + self.mlp(x, batch))
+            x = self.attn(self.attn_norm(x), batch, residual=x)
+            return self.mlp(self.mlp_norm(x), batch, residual=x)
+        x = self.attn_norm(self.attn(x, batch, residual=x))
+        return self.mlp_norm(self.mlp(x, batch, residual=x))
 
 
 class OPTForCausalLM(Decoder):
@@ -69,7 +69,7 @@ class OPTForCausalLM(Decoder):
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
         x = self.tokens(batch)
-        return (x if self.widen is None else self.widen(x, batch)) + self.positions(batch)
+        return self.positions(x if self.widen is None else self.widen(x, batch), batch)
 
     def score(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         x = x if self.final_norm is None else self.final_norm(x)

@@ -9,7 +9,7 @@ import torch
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ConfigKeys, ModelConfig
 from lmi_dist.layers.attention import CrossAttention, RelativeBias, SelfAttention
-from lmi_dist.layers.embedding import Embedding, Head
+from lmi_dist.layers.embedding import Embedding, Head, output_rows
 from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.mlp import ACTIVATIONS
 from lmi_dist.layers.norm import RMSNorm
@@ -38,7 +38,7 @@ class Norm:
 
 
 class TextAttention:
-    """In the encoder (causal false) of all tokens to all, in the decoder of each to those before."""
+    """x + attn(norm(x)). In the encoder (causal false) of all tokens to all, in the decoder of each to those before."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, layer: int, bias: RelativeBias, *, causal: bool) -> None:
         parts, out = separate(*(f"{prefix}.SelfAttention.{part}" for part in "qkv")), f"{prefix}.SelfAttention.o"
@@ -47,11 +47,11 @@ class TextAttention:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         attended = self.attn.attend(self.attn.qkv(self.norm(x), batch), batch)
-        return self.attn.out(attended, batch, out_dtype=x.dtype)
+        return self.attn.out(attended, batch, residual=x, out_dtype=x.dtype)
 
 
 class EncoderAttention:
-    """Of the decoder's tokens to the encoder's."""
+    """x + attn(norm(x)), of the decoder's tokens to the encoder's."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, layer: int) -> None:
         hidden, inner = config.hidden_size, config.num_heads * config.head_dim
@@ -68,11 +68,11 @@ class EncoderAttention:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         attended = self.attend(self.q(self.norm(x), batch), batch)
-        return self.out(attended, batch, out_dtype=x.dtype)
+        return self.out(attended, batch, residual=x, out_dtype=x.dtype)
 
 
 class FeedForward:
-    """wo(act(wi x)), or wo(act(wi_0 x) * wi_1 x) (Shazeer 2020)."""
+    """x + wo(act(wi norm(x))), or x + wo(act(wi_0 norm(x)) * wi_1 norm(x)) (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         kind = config.keys.choice("feed_forward_proj", FEED_FORWARDS, default="relu")
@@ -86,7 +86,7 @@ class FeedForward:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         inner = self.into(self.norm(x), batch, activation=self.activation)
-        return self.out(inner, batch, out_dtype=x.dtype)
+        return self.out(inner, batch, residual=x, out_dtype=x.dtype)
 
 
 class EncoderLayer:
@@ -97,8 +97,7 @@ class EncoderLayer:
         self.mlp = FeedForward(config, weights, f"{prefix}.layer.1")
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn(x, batch)
-        return x + self.mlp(x, batch)
+        return self.mlp(self.attn(x, batch), batch)
 
 
 class DecoderLayer:
@@ -108,9 +107,7 @@ class DecoderLayer:
         self.mlp = FeedForward(config, weights, f"{prefix}.layer.2")
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn(x, batch)
-        x = x + self.cross(x, batch)
-        return x + self.mlp(x, batch)
+        return self.mlp(self.cross(self.attn(x, batch), batch), batch)
 
 
 def standard_keys(keys: ConfigKeys) -> dict[str, object]:
@@ -156,7 +153,7 @@ class T5ForConditionalGeneration:
         x = self.embed(batch).to(self.stream)
         for layer in self.decoder:
             x = layer(x, batch)
-        return self.head(self.norm(x[batch.output_rows]) * self.head_scale, batch)
+        return self.head(output_rows(self.norm(x), batch, scale=self.head_scale), batch)
 
     def cache_regime(self, prompt_length: int) -> str:
         return ""

@@ -5,11 +5,12 @@ from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
 from lmi_dist.ops.attention import attention
 from lmi_dist.ops.column import chosen, cuda_architectures, describe, select, using
 from lmi_dist.ops.embedding import embedding
+from lmi_dist.ops.graph import GraphPool
 from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
 from lmi_dist.ops.lora import lora
 from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
-from lmi_dist.ops.record import Arena, Recorder, Recording
+from lmi_dist.ops.record import Arena, Recorder, Recording, Replayable
 from lmi_dist.ops.rotary import rotary
 from lmi_dist.ops.sampling import logprobs, penalize, sample
 from lmi_dist.ops.segment import Segment
@@ -18,9 +19,11 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Arena",
+    "GraphPool",
     "PackedWeight",
     "Recorder",
     "Recording",
+    "Replayable",
     "Routing",
     "Segment",
     "activation",

@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,23 @@ from lmi_dist.ops.abi import Library
 LINE = 64  # bytes: tensors begin at a multiple of it
 
 Bytes = NDArray[np.uint8]
+
+
+class Replayable(Protocol):
+    """A forward that runs again by one call. `result`: what it gives; a replay of any that shares its memory may overwrite it."""
+
+    result: Tensor
+
+    def replay(self) -> Tensor:
+        """Run it on what its inputs hold now. Returns `result`. Raises what the plain forward's failing call would."""
+
+
+class Recorded(NamedTuple):
+    """A forward's result, good until the next one, and how to run it again; else what stands against that."""
+
+    result: Tensor
+    recording: Replayable | None
+    obstacle: str
 
 
 class Arena:
@@ -42,6 +59,11 @@ class Arena:
         memory = piece[:num_bytes]
         weakref.finalize(memory, self._free.append, piece).atexit = False
         return torch.from_numpy(memory).view(dtype).view(tuple(shape))
+
+    def record(self, forward: Callable[[], Tensor], num_rows: int) -> Recorded:
+        """Run it, and keep it as a Recording."""
+        recorder = Recorder(self, num_rows)
+        return Recorded(*recorder.run(forward), recorder.obstacle)
 
     @property
     def num_bytes(self) -> int:
@@ -75,8 +97,7 @@ class Arena:
 
 
 class Recording:
-    """Calls that can be made again. `result`: what the forward gave; each replay overwrites it, and so may any other recording of
-    the same arena."""
+    """Calls that can be made again, with what they look at."""
 
     def __init__(self, library: Library, calls: Sequence[abi.Call], result: Tensor, arena: Arena, kept: list[Tensor]) -> None:
         self.result = result
@@ -86,7 +107,6 @@ class Recording:
         self._array = (call * len(calls))(*[call(each.operation, ctypes.addressof(each.args)) for each in calls])
 
     def replay(self) -> Tensor:
-        """Run the calls on what their inputs hold now. Returns `result`. Raises what the plain forward's failing call would."""
         library = self._library
         library.check(library.function("replay")(self._array, len(self._array), library.stream()))
         return self.result

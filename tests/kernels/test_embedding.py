@@ -39,6 +39,19 @@ def test_embedding_matches_twin(library: Library, dtype: torch.dtype, size: tupl
     assert_close(out, embedding_torch(ids, table, first_id=first_id, scale=scale))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "scale"), [((1, 1), 1.0), ((7, 33), 1.0), ((50, 136), 0.3)])
+def test_embedding_adds_what_is_given(library: Library, dtype: torch.dtype, size: tuple[int, int], scale: float) -> None:
+    table, residual = strided(rand(20, size[1], dtype=dtype)), strided(rand(*size, dtype=dtype, seed=1))
+    ids = (torch.arange(size[0]) * 31 % 40).int()
+
+    out = ops.embedding(ids, table, scale=scale, residual=residual)
+
+    exact = embedding_torch(ids, table.float(), scale=scale) + residual.float()  # rounded once
+    assert_close(out, exact.to(dtype))
+    assert same_bits(embedding_torch(ids, table, scale=scale, residual=residual), exact.to(dtype))
+
+
 def test_embedding_names_what_is_wrong(column: str) -> None:
     ids = torch.zeros(3, dtype=torch.int32)
 

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import driving
@@ -11,8 +13,8 @@ import tiny_models
 import torch
 
 from lmi_dist import ops
-from lmi_dist.config import BLOCK_SIZE
-from lmi_dist.decode_batch import DecodeBatch
+from lmi_dist.config import BLOCK_SIZE, EngineConfig
+from lmi_dist.decode_batch import GRAPH_SIZES, DecodeBatch, recorded_sizes
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.recorded import RecordedDecodes
 from lmi_dist.runner import Runner
@@ -46,7 +48,7 @@ def decode(runner: Runner, chunks: list[Chunk]) -> torch.Tensor:
 
 
 def padded(runner: Runner, *sizes: int) -> RecordedDecodes:
-    return RecordedDecodes(runner.model, DecodeBatch(sizes[-1], 16, runner.cache, has_cross=False), sizes)
+    return RecordedDecodes(runner.model, DecodeBatch(sizes[-1], 16, runner.cache, has_cross=False), sizes, ops.Arena(sizes[-1]))
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "sim"])
@@ -82,17 +84,13 @@ def test_padding_rows_change_nothing(folder: Path, kernels: str) -> None:
 
 
 def test_replay_makes_no_tensor(folder: Path) -> None:
-    """Neither torch nor our own kernels' places: the result lies where it lay."""
     runner, chunks = ready(folder, 3)
     assert runner.decodes is not None
     first = runner.forward(Plan(1, tuple(chunks)))
-    sizes = [runner.decodes.arena.num_bytes]
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         again = runner.forward(Plan(2, tuple(chunks)))
 
     assert again.data_ptr() == first.data_ptr()
-    assert [runner.decodes.arena.num_bytes] == sizes
     assert not [event.key for event in profile.key_averages() if "empty" in event.key]
 
 
@@ -116,14 +114,90 @@ def test_enforce_eager_records_nothing(folder: Path) -> None:
     assert driving.make_runner(folder, enforce_eager=True).decodes is None
 
 
-def test_what_cannot_be_recorded_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torch_column_records_nothing(folder: Path) -> None:
+    assert driving.make_runner(folder, "torch").decodes is None
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64]), (9999, list(GRAPH_SIZES))]
+)
+def test_graphs_are_of_a_few_sizes(monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]) -> None:
+    monkeypatch.setattr(ops, "chosen", lambda: SimpleNamespace(name="cuda"))
+
+    assert recorded_sizes(EngineConfig(model="m", max_batch_size=most)) == sizes
+
+
+def test_what_cannot_be_recorded_is_told_once(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "lmi_dist")
-    runner, chunks = ready(folder, 2, "torch")
+    runner, chunks = ready(folder, 2)
     assert runner.decodes is not None
+    plain = runner.model.score
+    monkeypatch.setattr(runner.model, "score", lambda x, batch: plain(x, batch) * 2.0)
 
     logits = [decode(runner, chunks), decode(runner, chunks)]
 
     assert torch.equal(*logits)
     assert runner.decodes.num_replayed == 0
     told = [message for message in caplog.messages if "decode steps run from Python" in message]
-    assert told == ["decode steps run from Python: the torch column has no calls"]
+    assert told == ["decode steps run from Python: torch's aten.mul.Tensor"]
+
+
+class FakeGraph:
+    """torch.cuda.CUDAGraph without a GPU: what is called while it captures is not run, but at each replay."""
+
+    def __init__(self) -> None:
+        self.captured: list[Any] = []
+
+    def replay(self) -> None:
+        for call in self.captured:
+            call()
+
+
+def test_graph_runs_once_as_it_is_then_by_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of torch's calls, which is all that can be told without a GPU: plain, captured in the model's pool, replayed."""
+    x, calls, graphs = torch.zeros(2), [], []
+
+    @contextmanager
+    def capture(graph: FakeGraph, pool: object) -> Iterator[None]:
+        calls.append(pool)
+        graphs.append(graph)
+        yield
+        graphs.pop()
+
+    def forward() -> torch.Tensor:
+        if graphs:
+            graphs[-1].captured.append(lambda: x.add_(1))
+        else:
+            x.add_(1)
+        return x
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    pool = ops.GraphPool()
+
+    recorded = [pool.record(forward, size) for size in (2, 4)]
+
+    assert x.tolist() == [2, 2]
+    assert calls == [(0, 7)] * 2
+    assert all(each.recording is not None and each.recording.replay() is x for each in recorded)
+    assert x.tolist() == [4, 4]
+
+
+def test_what_a_capture_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def refuse(graph: FakeGraph, pool: object) -> Iterator[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+
+    recorded = ops.GraphPool().record(lambda: torch.ones(1), 4)
+
+    assert recorded.result.tolist() == [1]
+    assert recorded.recording is None
+    assert recorded.obstacle == "4 rows cannot be captured: operation not permitted when stream is capturing"

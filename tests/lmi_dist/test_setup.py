@@ -11,6 +11,7 @@ import tiny_models
 import tiny_tokenizers
 from transformers import AutoTokenizer
 
+from lmi_dist import ops
 from lmi_dist.config import EngineConfig
 from lmi_dist.errors import CheckpointError
 from lmi_dist.setup import explain, load_tokenizer, usable_cpus
@@ -63,7 +64,21 @@ def test_lines_tell_model_memory_and_kernels(folder):
 
     assert "LlamaForCausalLM" in told.lines[0]
     assert set(told.memory.arithmetic) < set(told.lines)
-    assert told.lines[-1] == f"kernels {told.kernels}"
+    assert told.lines[-2:] == (f"kernels {told.kernels}", f"decode steps {told.decodes}")
+
+
+@pytest.mark.parametrize(
+    ("values", "decodes"),
+    [
+        ({"kernels": "cpu"}, "of up to 64 sequences are recorded and replayed"),
+        ({"kernels": "cpu", "max_batch_size": 5}, "of up to 5 sequences are recorded and replayed"),
+        ({"kernels": "cpu", "enforce_eager": True}, "run from Python: enforce_eager=true"),
+        ({"kernels": "torch"}, "run from Python: torch's operations are not recorded"),
+    ],
+)
+def test_explanation_tells_how_decode_steps_run(folder, values, decodes):
+    with ops.using("cpu", 1):
+        assert explain(EngineConfig(model=str(folder), **values), available_bytes=1 << 30).decodes == decodes
 
 
 def test_explaining_reads_no_tensor(folder, monkeypatch):

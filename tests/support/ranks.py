@@ -98,7 +98,8 @@ def continue_prompts(
     """On every rank a digest of all sums over ranks; on rank 0 also what became of the prompts, which run together in batches.
     `drive`: as driving.run, for prompts that are more than token ids; `values`: settings."""
     digest = note_sums(link)
-    runner = driving.make_runner(folder, link=link, dtype=dtype, tensor_parallel_degree=link.ranks.size, **values)
+    values |= {"tensor_parallel_degree": link.ranks.size, "enforce_eager": True}  # so that all sums are seen
+    runner = driving.make_runner(folder, link=link, dtype=dtype, **values)
     if isinstance(link, FollowerLink):
         while (plan := link.next_plan()) is not None:
             runner.forward(plan)

@@ -136,9 +136,10 @@ class TestLayers:
     def test_learned_positions_begin_at_their_offset(
         self, weights: Weights, tensors: dict[str, torch.Tensor], batch: ForwardBatch, dtype: torch.dtype
     ) -> None:
-        x = Positions.load(weights, "embed", V - 2, E, offset=2)(batch)
+        before = x_of(dtype)[:4]
+        x = Positions.load(weights, "embed", V - 2, E, offset=2)(before, batch)
 
-        assert torch.equal(x, tensors["embed.weight"][2:6].to(dtype))
+        assert torch.equal(x, before + tensors["embed.weight"][2:6].to(dtype))
 
     def test_norms_of_heads_equal_torch(self, weights: Weights, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         wide, w, b = x_of(dtype, 2 * E), tensors["norm.weight"], tensors["norm.bias"]
