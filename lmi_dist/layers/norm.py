@@ -46,7 +46,7 @@ class PerHead:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         dense = ops.activation(x.flatten(1), "identity", gated=False)  # a head is part of a longer row
-        return self.norm(dense.view(-1, x.shape[-1])).view(x.shape)
+        return self.norm(dense.reshape(-1, x.shape[-1])).view(x.shape)
 
 
 class AcrossHeads:
