@@ -28,6 +28,7 @@ class Stage:
     work: Work
     torch: Work | None = None
     goal: float | None = None
+    waits: bool = False  # for its result, so that the host's part counts, too
 
 
 # ---- stages ----
@@ -236,7 +237,7 @@ def sample(maker: Maker) -> Stage:
         return ids.gather(1, (kept / torch.empty_like(kept).exponential_()).argmax(-1, keepdim=True))
 
     work = lambda i: ops.sample(logits[i % 4], **full, seeds=seeds, positions=positions)  # noqa: E731
-    return Stage(f"sample {s.rows} rows of {s.vocab}", "copy", 4 * s.rows * s.vocab, 4, work, plain)
+    return Stage(f"sample {s.rows} rows of {s.vocab}", "copy", 4 * s.rows * s.vocab, 4, work, plain, waits=True)
 
 
 def logprobs(maker: Maker) -> Stage:
@@ -245,6 +246,7 @@ def logprobs(maker: Maker) -> Stage:
     return Stage(
         f"logprobs of {s.rows} rows, 5 alternatives", "copy", 4 * s.rows * s.vocab, 4,
         lambda i: ops.logprobs(logits[i % 4], ids, 5), lambda i: logits[i % 4].log_softmax(-1).topk(5),
+        waits=True,
     )  # fmt: skip
 
 
@@ -277,7 +279,7 @@ def measure(make: Callable[[], Stage], limits: Limits, sizes: Sizes, device: str
         return Row(getattr(make, "__name__", "stage"), note=f"{type(error).__name__}: {error}")
     limit = getattr(limits, stage.limit)
     try:
-        seconds = seconds_a_call(stage.work, stage.copies, sizes.repetitions)
+        seconds = seconds_a_call(stage.work, stage.copies, sizes.repetitions, waits=stage.waits)
     except Exception as error:
         return Row(stage.name, of=stage.limit, goal=stage.goal, note=f"{type(error).__name__}: {error}")
     row = {"share": stage.amount / limit / seconds, "of": stage.limit, "goal": stage.goal}
@@ -285,7 +287,11 @@ def measure(make: Callable[[], Stage], limits: Limits, sizes: Sizes, device: str
         return Row(stage.name, seconds, **row)
     try:
         return Row(
-            stage.name, seconds, **row, peer="torch", peer_seconds=seconds_a_call(stage.torch, stage.copies, sizes.repetitions)
+            stage.name,
+            seconds,
+            **row,
+            peer="torch",
+            peer_seconds=seconds_a_call(stage.torch, stage.copies, sizes.repetitions, waits=stage.waits),
         )
     except Exception as error:
         return Row(stage.name, seconds, **row, note=f"torch: {type(error).__name__}: {error}")

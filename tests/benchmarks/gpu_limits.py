@@ -62,11 +62,12 @@ class Row:
 # ---- time ----
 
 
-def seconds_a_call(work: Work, copies: int, repetitions: int) -> float:
+def seconds_a_call(work: Work, copies: int, repetitions: int, *, waits: bool = False) -> float:
     """Median over repetitions of a run over all copies. On a GPU the run is a CUDA graph, so that the host's part does not count;
-    results stay alive within it, so that each call writes memory of its own."""
+    results stay alive within it, so that each call writes memory of its own. waits: for its result, which no graph can."""
     num = max(copies, 4)
-    if not torch.cuda.is_available():
+    if waits or not torch.cuda.is_available():
+        work(0)
         return median(timed(work, num) for _ in range(repetitions))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -93,6 +94,8 @@ def timed(work: Work, num: int) -> float:
     start = time.perf_counter()
     for i in range(num):
         work(i)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / num
 
 
