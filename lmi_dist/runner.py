@@ -58,7 +58,7 @@ class Runner:
         vars(self).pop("cache", None)  # the old one goes first
         self.cache = KVCache(memory, *self._cache_shape, self.device.place)
         self.decodes: RecordedDecodes | None = None
-        if self.device.type == "cpu":  # a recording on a GPU is a graph's business
+        if self.device.type == "cpu" or ops.chosen().name == "cuda":
             self.decodes = recorded_decodes(self.model, self.cache, *self._settings, memory)
 
     @torch.inference_mode()

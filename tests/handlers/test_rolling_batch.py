@@ -177,8 +177,8 @@ def test_failed_step_is_told_in_the_words_of_the_version() -> None:
 def test_reset_drops_all_that_was_known() -> None:
     async def check(host: Host) -> None:
         host.engine.gate.clear()
-        host.add("abc" * 100)
-        host.add("def" * 100)
+        host.add("abc" * 50_000)  # not done before the host comes again
+        host.add("def" * 50_000)
         await host.step()
         host.active, host.texts = [], []  # the host has failed them
         host.add("xy")
@@ -195,8 +195,8 @@ def test_reset_drops_all_that_was_known() -> None:
 def test_list_cleared_without_telling_is_noticed(num_new: int) -> None:
     async def check(host: Host) -> None:
         host.engine.gate.clear()
-        host.add("abc" * 100)
-        host.add("def" * 100)
+        host.add("abc" * 50_000)  # not done before the host comes again
+        host.add("def" * 50_000)
         await host.step()
         host.active, host.texts = [], []
         for number in range(num_new):
