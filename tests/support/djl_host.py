@@ -224,7 +224,7 @@ class DjlHost:
 
     def kill_dangling(self) -> None:
         for path in self.folder.glob(f"{self.socket_name.name}*.pid"):
-            with contextlib.suppress(ProcessLookupError, ValueError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
             path.unlink(missing_ok=True)
 
