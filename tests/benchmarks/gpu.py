@@ -1,11 +1,11 @@
 """A GPU hour in one script: golden tests of the PTX wrappers, the kernel tests on the GPU, then kernels and whole steps against
 what the same run measures of the machine. Under ten minutes in all; each part in a process of its own.
 
-    python tests/benchmarks/gpu.py --out RESULTS [--only golden,suite,kernels,steps] [--library build/cuda/liblmi_cuda.so]
+    python tests/benchmarks/gpu.py --out RESULTS [--only golden,suite,kernels,steps,peers] [--library build/cuda/liblmi_cuda.so]
 
 The library is built for the GPU at hand, unless one is given. golden and kernels need torch and numpy, suite also pytest and
-pytest-timeout, steps what the engine needs. Where pydantic is missing and nothing can be downloaded, carry wheels: on a machine
-that has pip,
+pytest-timeout, steps what the engine needs, peers transformers. Where pydantic is missing and nothing can be downloaded, carry
+wheels: on a machine that has pip,
 
     pip download --only-binary=:all: --no-deps --python-version 3.12 --implementation cp --platform manylinux_2_17_x86_64 \\
         -d .whl pydantic pydantic-core annotated-types typing-extensions typing-inspection
@@ -33,14 +33,15 @@ sys.path.extend(str(Path(__file__).parents[2] / each) for each in (".", "handler
 import gpu_golden
 import gpu_kernels
 import torch
-from gpu_limits import TINY, Row, Sizes
+from gpu_limits import TINY, Row, Sizes, measure_limits
 
 from lmi_dist import ops
 from lmi_dist.ops.abi import find_library
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("golden", "suite", "kernels", "steps")
+PARTS = ("golden", "suite", "kernels", "steps", "peers")
 NEEDS = {"suite": ("pytest", "pytest_timeout"), "steps": ("pydantic", "transformers", "safetensors", "tokenizers")}
+NEEDS["peers"] = NEEDS["steps"]  # which make its model and prompts
 
 
 # ---- what is there ----
@@ -139,18 +140,25 @@ def kernels(options: argparse.Namespace) -> list[Row]:
 def steps(options: argparse.Namespace) -> list[Row]:
     import gpu_steps
 
-    sizes = TINY if options.tiny else Sizes()
+    with ops.using(options.column, 1, path=options.library):
+        limits = measure_limits(TINY if options.tiny else Sizes(), device_of(options))
     work = gpu_steps.TINY if options.tiny else gpu_steps.FULL
     ops.__path__.append(str(options.library.parent))  # where the engine finds it
     work.engine.update({"device": "cuda"} if options.column == "cuda" else {"kernels": "sim"})
-    return list(gpu_steps.rows(sizes, work, device_of(options)))
+    return list(gpu_steps.rows(limits, work, device_of(options)))
+
+
+def peers(options: argparse.Namespace) -> list[Row]:
+    import gpu_steps
+
+    return list(gpu_steps.peer_rows(gpu_steps.TINY if options.tiny else gpu_steps.FULL, device_of(options)))
 
 
 def run_part(name: str, options: argparse.Namespace) -> list[Row]:
     missing = [need for need in NEEDS.get(name, ()) if importlib.util.find_spec(need) is None]
     if missing:
         return [Row(name, note=f"left out, for {', '.join(missing)} is not installed (see --help for wheels)")]
-    part = {"golden": golden, "suite": suite, "kernels": kernels, "steps": steps}[name]
+    part = {"golden": golden, "suite": suite, "kernels": kernels, "steps": steps, "peers": peers}[name]
     return part(options)
 
 

@@ -299,7 +299,7 @@ def measure(make: Callable[[], Stage], limits: Limits, sizes: Sizes, device: str
 
 def rows(sizes: Sizes, device: str, capability: int) -> Iterator[Row]:
     limits = measure_limits(sizes, device)
-    yield Row(f"limits: copy {limits.copy / 1e9:.0f} GB/s, bf16 product {limits.product / 1e12:.3f} TFLOP/s")
+    yield limits.row()
     for make in stages(sizes, device, capability):
         yield measure(make, limits, sizes, device)
         if device == "cuda":

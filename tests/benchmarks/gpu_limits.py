@@ -1,4 +1,4 @@
-"""What parts of the GPU script measure with: sizes, the machine's own limits in the same run (a device-to-device copy, a large bf16
+"""What parts of the GPU script measure with: sizes, the machine's own limits in the same run (device-to-device copies, a large bf16
 product), the time of a call, and the rows that come out."""
 
 import time
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+
+from lmi_dist import ops
 
 Work = Callable[[int], object]
 
@@ -35,14 +37,23 @@ class Sizes:
 
 TINY = Sizes(
     heads=4, kv_heads=2, head_dim=16, hidden=64, inner=128, vocab=96, tokens=8, rows=3, context=40, long_context=600, prompt=48,
-    copy_bytes=1 << 16, product=64, cold_bytes=1, repetitions=2,
+    copy_bytes=1 << 18, product=64, cold_bytes=1, repetitions=2,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Limits:
-    copy: float  # bytes/s, read and written
+    copies: dict[str, float]  # bytes/s, read and written, by who copies
     product: float  # operations/s in bf16
+
+    @property
+    def copy(self) -> float:
+        """The most that any of them moves."""
+        return max(self.copies.values())
+
+    def row(self) -> "Row":
+        copies = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.copies.items())
+        return Row(f"limits: copy {self.copy / 1e9:.0f} GB/s ({copies}), bf16 product {self.product / 1e12:.3f} TFLOP/s")
 
 
 @dataclass(frozen=True)
@@ -99,9 +110,36 @@ def timed(work: Work, num: int) -> float:
     return (time.perf_counter() - start) / num
 
 
+def best_seconds(work: Work, repetitions: int) -> float:
+    """Of a call so long that its launch does not count: the best of several, each between two events of its own; outside of a
+    graph, where the driver may copy in another way."""
+    if not torch.cuda.is_available():
+        return min(timed(work, 1) for _ in range(repetitions))
+    work(0)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for first, last in events:
+        first.record()
+        work(0)
+        last.record()
+    torch.cuda.synchronize()
+    return min(first.elapsed_time(last) for first, last in events) / 1e3
+
+
+def measure_copies(sizes: Sizes, device: str) -> dict[str, float]:
+    """Bytes/s of all that copies without a change: the driver's copy, a kernel of torch's, and ours that gathers rows in order."""
+    rows, width = sizes.copy_bytes // 8192, 4096
+    source, target = (torch.randn(rows, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    order = torch.arange(rows, device=device, dtype=torch.int32)
+    works: dict[str, Work] = {
+        "driver": lambda _: target.copy_(source),
+        "torch's kernel": lambda _: torch.neg(source, out=target),
+        "our kernel": lambda _: ops.embedding(order, source),
+    }
+    return {name: 2 * source.nbytes / best_seconds(work, sizes.repetitions) for name, work in works.items()}
+
+
 def measure_limits(sizes: Sizes, device: str) -> Limits:
-    x = torch.randn(2, sizes.copy_bytes // 2, device=device, dtype=torch.bfloat16)
-    copy = seconds_a_call(lambda i: x[1].copy_(x[0]), 1, sizes.repetitions)
+    copies = measure_copies(sizes, device)
     a, b = (torch.randn(sizes.product, sizes.product, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = seconds_a_call(lambda i: a @ b, 1, sizes.repetitions)
-    return Limits(2 * sizes.copy_bytes / copy, 2 * sizes.product**3 / product)
+    return Limits(copies, 2 * sizes.product**3 / product)

@@ -1,18 +1,21 @@
-"""Whole steps of the engine on Llama-3-8B's shape with random weights: one sequence against the reading of the weights, 64 against
-the GPU's idle time, both against transformers' continuous batching. Needs what the engine needs, pydantic above all."""
+"""Whole steps of the engine on Llama-3-8B's shape with random weights: one sequence against the reading of the weights, one and 64
+against the GPU's idle time, with CUDA graphs and from Python; and transformers' continuous batching on the same shape. Needs what
+the engine needs, pydantic above all."""
 
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tiny_tokenizers
 import torch
 import transformers
-from gpu_limits import Limits, Row, Sizes, measure_limits
+from gpu_limits import Limits, Row
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from lmi_dist import Engine, EngineConfig, Request, SamplingParams
@@ -34,8 +37,14 @@ class Work:
     prompt_tokens: int
     new_tokens: int
     num_steps: int  # of those tokens, whose time is taken
+    num_profiled: int  # of those
     engine: dict[str, Any] = field(default_factory=dict)  # settings
     peer: dict[str, Any] = field(default_factory=dict)  # of transformers' continuous batching
+
+    @property
+    def batches(self) -> dict[int, list[list[int]]]:
+        """Prompts by number of sequences: a short one alone, and all."""
+        return {1: [self.prompts[0][:16]], self.num_sequences: self.prompts}
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -43,26 +52,42 @@ class Work:
         return torch.randint(3, self.model["vocab_size"], (self.num_sequences, self.prompt_tokens), generator=chance).tolist()
 
 
-FULL = Work(LLAMA_8B, 64, 1024, 128, 48)
-TINY = Work(TINY_LLAMA, 2, 20, 24, 4, peer={"num_blocks": 16, "max_batch_tokens": 64})
+FULL = Work(LLAMA_8B, 64, 1024, 128, 48, 16)
+TINY = Work(TINY_LLAMA, 2, 20, 24, 4, 2, peer={"num_blocks": 16, "max_batch_tokens": 64})
 
 
-def write(folder: Path, work: Work, device: str) -> int:
-    """A checkpoint in bf16, drawn on the device; the bytes of weights that a decode step reads (all but the embedding)."""
+def make_model(work: Work, device: str) -> Any:
+    """Random weights in bf16, drawn on the device."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**work.model), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tiny_tokenizers.byte_level().save_pretrained(folder)
-    return sum(2 * each.numel() for name, each in model.named_parameters() if "embed_tokens" not in name)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**work.model), dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+@contextmanager
+def checkpoint(work: Work, device: str) -> Iterator[tuple[Path, int]]:
+    """A folder with a checkpoint, in memory if there is room, and the bytes of weights that a decode step reads: all but the
+    embedding."""
+    model = make_model(work, device)
+    sizes = {name: each.nbytes for name, each in model.named_parameters()}
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and shutil.disk_usage(shared).free > 1.2 * sum(sizes.values())
+    with tempfile.TemporaryDirectory(dir=shared if has_room else None) as name:
+        model.save_pretrained(name)
+        tiny_tokenizers.byte_level().save_pretrained(name)
+        del model
+        release(device)
+        yield Path(name), sum(size for name, size in sizes.items() if "embed_tokens" not in name)
 
 
 # ---- ours ----
 
+# Settings by name; those of a version that has not all of them are left out.
+WAYS: dict[str, dict[str, Any]] = {"as it comes": {}, "batch_invariant": {"batch_invariant": True}}
+
 
 def open_engine(folder: Path, work: Work) -> Engine:
-    values = {"model": str(folder), "dtype": "bf16", "max_batch_size": work.num_sequences, "enable_prefix_caching": False}
+    values = {"model": str(folder), "dtype": "bf16", "max_batch_size": work.num_sequences}
     return Engine(EngineConfig.of({**values, "max_model_len": work.prompt_tokens + work.new_tokens, **work.engine}))
 
 
@@ -74,6 +99,12 @@ def decode_together(engine: Engine, prompts: list[list[int]], num_tokens: int) -
     seen: set[str] = set()
     while len(seen) < len(prompts):
         seen |= {output.request_id for output in engine.step() if output.tokens}
+
+
+def end(engine: Engine, prompts: list[list[int]]) -> None:
+    """What was begun; the prompts' blocks can be found again, so that the next beginning takes no time."""
+    for number in range(len(prompts)):
+        engine.abort(str(number))
 
 
 def run_steps(engine: Engine, num: int) -> float:
@@ -90,26 +121,47 @@ def our_seconds(engine: Engine, prompts: list[list[int]], work: Work) -> float:
     for _ in range(3):
         decode_together(engine, prompts, work.new_tokens)
         times.append(run_steps(engine, work.num_steps) / work.num_steps)
-        engine.reset()
+        end(engine, prompts)
     return min(times[1:])
 
 
-def busy_share(engine: Engine, prompts: list[list[int]], work: Work) -> float:
-    """Share of the wall time of decode steps in which the GPU runs a kernel or a copy."""
+def busy_seconds(engine: Engine, prompts: list[list[int]], work: Work) -> float:
+    """Of a step, in which the GPU runs a kernel or a copy, by the profiler, which sees those within a graph too."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     decode_together(engine, prompts, work.new_tokens)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run_steps(engine, work.num_profiled)
         torch.cuda.synchronize()
-        wall = run_steps(engine, work.num_steps)
-    engine.reset()
+    end(engine, prompts)
     spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == DeviceType.CUDA)
     busy, upto = 0.0, 0.0
     for first, last in spans:  # they may overlap
         busy += max(0.0, last - max(first, upto))
         upto = max(upto, last)
-    return busy / 1e6 / wall
+    return busy / 1e6 / work.num_profiled
+
+
+def forward_seconds(engine: Engine, prompts: list[list[int]], work: Work) -> float:
+    """Of a step, between two events around its forward, graph or not; without the profiler, which slows down what it sees."""
+    decode_together(engine, prompts, work.new_tokens)
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    plain = engine._runner.forward
+
+    def timed(*arguments: Any) -> Any:
+        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        events[-1][0].record()
+        result = plain(*arguments)
+        events[-1][1].record()
+        return result
+
+    engine._runner.forward = timed  # type: ignore[method-assign]
+    run_steps(engine, work.num_steps)
+    del engine._runner.forward
+    torch.cuda.synchronize()
+    end(engine, prompts)
+    return sum(first.elapsed_time(last) for first, last in events) / 1e3 / len(events)
 
 
 # ---- theirs ----
@@ -126,47 +178,54 @@ def their_seconds(model: Any, prompts: list[list[int]], work: Work) -> float:
     return (steps[-1] - steps[0]) / (len(steps) - 1)
 
 
-def peer_seconds(folder: Path, prompts: dict[int, list[list[int]]], work: Work, device: str) -> tuple[dict[int, float], str]:
-    """By batch size, or why there are none: its interface changes from version to version; our figures count without it, too."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(device).eval()
-        return {num: their_seconds(model, each, work) for num, each in prompts.items()}, ""
-    except Exception as error:
-        return {}, f"transformers {transformers.__version__}: {type(error).__name__}: {error}"
+def peer_rows(work: Work, device: str) -> Iterator[Row]:
+    """Its interface changes from version to version: what fails is told, and costs no other row."""
+    model = make_model(work, device)
+    for num, prompts in work.batches.items():
+        name = f"decode step of transformers {transformers.__version__}, batch {num}"
+        try:
+            yield Row(name, their_seconds(model, prompts, work))
+        except Exception as error:
+            yield Row(name, note=f"{type(error).__name__}: {error}")
 
 
 # ---- the table ----
 
 
-def rows(sizes: Sizes, work: Work, device: str) -> Iterator[Row]:
-    limits = measure_limits(sizes, device)
-    yield Row(f"limits: copy {limits.copy / 1e9:.0f} GB/s, bf16 product {limits.product / 1e12:.3f} TFLOP/s")
-    with tempfile.TemporaryDirectory() as name:
-        weight_bytes = write(Path(name), work, device)
-        release(device)
-        yield from measured(Path(name), work, limits, weight_bytes, device)
+def rows(limits: Limits, work: Work, device: str) -> Iterator[Row]:
+    yield limits.row()
+    with checkpoint(work, device) as (folder, weight_bytes):
+        for way, settings in WAYS.items():
+            if set(settings) <= set(EngineConfig.model_fields):
+                yield from measured(folder, replace(work, engine=work.engine | settings), way, limits, weight_bytes, device)
 
 
-def measured(folder: Path, work: Work, limits: Limits, weight_bytes: int, device: str) -> Iterator[Row]:
-    prompts = {1: [work.prompts[0][:16]], work.num_sequences: work.prompts}
+def measured(folder: Path, work: Work, way: str, limits: Limits, weight_bytes: int, device: str) -> Iterator[Row]:
+    """Rows of one engine, each batch with recorded decode steps and from Python."""
     engine = open_engine(folder, work)
-    seconds = {num: our_seconds(engine, each, work) for num, each in prompts.items()}
-    busy = busy_share(engine, work.prompts, work) if device == "cuda" else None
-    del engine
+    recorded = engine._runner.decodes
+    for num, prompts in work.batches.items():
+        for decodes, how in ((recorded, "recorded"), (None, "from Python")):
+            engine._runner.decodes = decodes
+            name = f"batch {num}, {len(prompts[0])} prompt tokens, {how}, {way}"
+            seconds = our_seconds(engine, prompts, work)
+            limit = (weight_bytes / limits.copy / seconds, "weights / copy", 0.85) if num == 1 else ()
+            yield Row(f"decode step, {name}", seconds, *limit)
+            yield busy_row(f"GPU busy, {name}", engine, prompts, seconds, work, device)
+    engine.close()
+    del engine, recorded
     release(device)
-    peers, note = peer_seconds(folder, prompts, work, device)
-    for num, each in seconds.items():
-        name = f"decode step, batch {num}, {len(prompts[num][0])} prompt tokens"
-        share = weight_bytes / limits.copy / each if num == 1 else None
-        of, goal = ("weights / copy", 0.85) if num == 1 else ("", None)
-        yield Row(name, each, share, of, goal, "transformers", peers.get(num), note)
-    yield Row(
-        f"GPU busy, batch {work.num_sequences}",
-        share=busy,
-        of="wall",
-        goal=0.97,
-        note="" if device == "cuda" else "there is no GPU",
-    )
+
+
+def busy_row(name: str, engine: Engine, prompts: list[list[int]], seconds: float, work: Work, device: str) -> Row:
+    """By the profiler, as a share of a step's time without it; the forward's own share by events is the least that it can be."""
+    if device != "cuda":
+        return Row(name, of="wall", goal=0.97, note="there is no GPU")
+    try:
+        busy, forward = busy_seconds(engine, prompts, work), forward_seconds(engine, prompts, work)
+    except Exception as error:
+        return Row(name, of="wall", goal=0.97, note=f"{type(error).__name__}: {error}")
+    return Row(name, busy, busy / seconds, "wall", 0.97, note=f"forward alone by events {forward * 1e3:.3f} ms")
 
 
 def release(device: str) -> None:
