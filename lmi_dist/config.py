@@ -44,6 +44,10 @@ class EngineConfig(BaseModel):
     kernels: Literal["auto", "cpu", "cuda", "torch", "sim"] = Field(
         default="auto", description="which column of operations is used; auto: the device's"
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="a row's bits never depend on its batch: own matrix kernels instead of cuBLAS; on a CPU they never do",
+    )
     enforce_eager: bool = Field(
         default=False, description="run every step from Python; else decode steps are recorded and replayed"
     )

@@ -24,10 +24,12 @@ PADDING = (0, 0, 1, -1, 0, 0)
 
 def recorded_sizes(config: EngineConfig) -> Sequence[int]:
     """Numbers of sequences whose decode steps are recorded on the column in use, ascending; none if all steps run from Python."""
-    column = ops.chosen().name
-    if config.enforce_eager or column == "torch":  # which has no calls to record
+    chosen = ops.chosen()
+    if config.enforce_eager or chosen.name == "torch":  # which has no calls to record
         return ()
-    if column != "cuda":
+    if chosen.name != "cuda":
+        if chosen.takes_torchs_product:  # which only a CUDA graph records
+            return ()
         return range(1, min(config.max_batch_size, MAX_SEQUENCES) + 1)
     largest = min(config.max_batch_size, GRAPH_SIZES[-1])
     return [*(size for size in GRAPH_SIZES if size < largest), largest]

@@ -68,7 +68,8 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
     device.use()
     model = read_config(folder)
     threads = config.cpu_threads or max(1, usable_cpus() // config.tensor_parallel_degree)
-    kernels = ops.select(device.column if config.kernels == "auto" else config.kernels, threads)
+    column = device.column if config.kernels == "auto" else config.kernels
+    kernels = ops.select(column, threads, batch_invariant=config.batch_invariant)
     if available_bytes is None:
         available_bytes = available_memory() if device.type == "cpu" else device.free_bytes()
     gpu = GpuMemory(device.total_bytes(), available_bytes) if device.type == "cuda" else None

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,30 +18,35 @@ from lmi_dist.ops.abi import Library, find_library
 logger = logging.getLogger(__name__)
 
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "sim": "cpu"}  # of a column's tensors
+ON_DEVICE = ("cuda", "sim")  # columns for a GPU, of which one is tested on a CPU
+MULTIPLIES_TO_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # bf16 and fp16, on a GPU
 
 
 @dataclass(frozen=True)
 class Column:
-    """library: None for torch. description: for people."""
+    """library: None for torch. description: for people. takes_torchs_product: for dense linears, whose weights stay row-major."""
 
     name: str
     library: Library | None
     num_threads: int
     description: str
+    takes_torchs_product: bool = False
 
 
 _chosen: Column | None = None
 _libraries: dict[Path, Library] = {}  # opened once for the process: the loader keeps a library anyway
 
 
-def select(column: str = "auto", num_threads: int | None = None, *, path: Path | None = None) -> str:
+def select(column: str = "auto", num_threads: int | None = None, *, path: Path | None = None, batch_invariant: bool = True) -> str:
     """Take a column for all operations from now on, with num_threads (None: as many as this process may use CPUs).
 
     column: "auto" (the CPU library if it is built, else torch), "cpu", "cuda", "torch", or "sim" for tests. path: that library
-    instead of the installed one. Returns and logs what was taken. Raises KernelError when a library is asked for that is not there,
-    cannot be opened, or does not run on this machine."""
+    instead of the installed one. batch_invariant: False lets a column for a GPU take torch's product (cuBLAS) for dense linears,
+    which sums in another order for another number of rows. Returns and logs what was taken. Raises KernelError when a library is
+    asked for that is not there, cannot be opened, or does not run on this machine."""
     global _chosen
-    _chosen = _open(column, num_threads or len(os.sched_getaffinity(0)), path)
+    opened = _open(column, num_threads or len(os.sched_getaffinity(0)), path)
+    _chosen = opened if opened.name not in ON_DEVICE else _with_product(opened, batch_invariant=batch_invariant)
     logger.info("kernels: %s", _chosen.description)
     return _chosen.description
 
@@ -83,12 +88,17 @@ def cpu_library() -> Library:
 
 @contextmanager
 def using(
-    column: str, num_threads: int | None = None, *, path: Path | None = None, level: str = "best"
+    column: str,
+    num_threads: int | None = None,
+    *,
+    path: Path | None = None,
+    level: str = "best",
+    batch_invariant: bool = True,
 ) -> Iterator[Library | None]:
-    """For tests: another column, number of threads and instruction level within a `with`. Gives its library."""
+    """For tests: another column, number of threads, instruction level and product within a `with`. Gives its library."""
     global _chosen
     before, torch_threads = chosen(), torch.get_num_threads()
-    select(column, num_threads, path=path)
+    select(column, num_threads, path=path, batch_invariant=batch_invariant)
     opened = library()
     if opened is not None:
         opened.set_level(level)
@@ -118,6 +128,18 @@ def _open(column: str, num_threads: int, path: Path | None) -> Column:
     opened.set_threads(num_threads)
     torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the library's CPUs
     return Column(name, opened, num_threads, f"{opened.describe()}, {num_threads} threads")
+
+
+def _with_product(column: Column, *, batch_invariant: bool) -> Column:
+    """Which product its dense linears take, and why."""
+    obstacle = "batch_invariant=true" if batch_invariant else _torch_obstacle()
+    product = f"our kernels, {obstacle}" if obstacle else "torch's product, cuBLAS on a GPU"
+    return replace(column, description=f"{column.description}; dense linears: {product}", takes_torchs_product=not obstacle)
+
+
+def _torch_obstacle() -> str:
+    """Logits are wanted in fp32: in bf16 there would be ties."""
+    return "" if MULTIPLIES_TO_FP32 else f"since torch {torch.__version__} multiplies bf16 to no fp32 (2.8 does)"
 
 
 def _ways_out(name: str) -> str:

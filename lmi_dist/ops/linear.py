@@ -1,6 +1,7 @@
 """Linear layers on weights that are packed once at load: dense, int8 or int4, one weight or one for each expert.
 
-A PackedWeight belongs to the column that was in use when it was made; on torch it holds a plain [F,E] tensor.
+A PackedWeight belongs to the column that was in use when it was made; on torch it holds a plain [F,E] tensor. On a GPU a dense one
+is a RowMajorWeight, for cuBLAS, unless a row's bits must not depend on the batch: see `select`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lmi_dist.errors import KernelError
 from lmi_dist.ops import column
 from lmi_dist.ops.abi import DTYPES, Library
 from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation_code
+from lmi_dist.ops.activation import activation as activate
 from lmi_dist.ops.shapes import FLOATS, Shapes
 
 Format = Literal["dense", "int8", "int4"]
@@ -105,10 +107,22 @@ class PackedWeight:
         self.data[row_offset:end] = (w.float() - wide[1]) * wide[0]
 
 
+class RowMajorWeight(PackedWeight):
+    """A dense weight [F,E] as the checkpoint has it, for torch's product on a GPU; gate and up one above the other."""
+
+    def __init__(self, shape: WeightShape, data: Tensor) -> None:
+        super().__init__(shape, None, data)
+
+
 def pack_linear(
     out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False, format: Format = "dense", group: int = 0
 ) -> PackedWeight:
     """Room for a weight [F,E] in the layout of the column in use. Raises KernelError when the combination cannot be."""
+    chosen = column.chosen()
+    if chosen.takes_torchs_product and chosen.library is not None and format == "dense":
+        shape = WeightShape(out_features=out_features, in_features=in_features, dtype=dtype, gated=gated, group=group)
+        shape.check()
+        return RowMajorWeight(shape, torch.empty((out_features, in_features), dtype=dtype, device=chosen.library.device))
     return pack_experts(1, out_features, in_features, dtype, gated=gated, format=format, group=group)[0]
 
 
@@ -153,7 +167,8 @@ def linear(
     code = activation_code(activation)
     library = packed.library
     if library is None:
-        return linear_torch(x, packed, bias=bias, addend=addend, residual=residual, activation=activation, out_dtype=out_dtype)
+        by_torch = linear_row_major if isinstance(packed, RowMajorWeight) else linear_torch
+        return by_torch(x, packed, bias=bias, addend=addend, residual=residual, activation=activation, out_dtype=out_dtype)
     out = _new_out(x, packed.shape, out_dtype)
     library.call("linear", **packed.fields, out=out, x=x, bias=bias, addend=addend, residual=residual, activation=code)
     return out
@@ -179,6 +194,45 @@ def linear_torch(
     out = out if up is None else out * up
     out = out if residual is None else out + residual.float()
     return out.to(out_dtype or x.dtype)
+
+
+def linear_row_major(
+    x: Tensor,
+    packed: PackedWeight,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = "identity",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`linear` by torch's product in x's dtype, which a CUDA graph captures as it does our kernels. What is before the activation
+    is rounded to x's dtype, unless something is fp32; a residual without bias is where the product's sums begin."""
+    shape = packed.shape
+    _check(x, shape, addend, residual, out_dtype).check("bias", bias, "F", shape.dtype)
+    is_plain = activation == "identity" and not shape.gated
+    terms = [term for term in (addend, residual) if term is not None]
+    dtype = torch.float32 if torch.float32 in (out_dtype, *(term.dtype for term in terms)) else x.dtype
+    before = terms if is_plain else terms[: addend is not None]
+    if before and bias is None and dtype == x.dtype:
+        y = torch.addmm(before[-1], x, packed.data.t())
+        before = before[:-1]
+    else:
+        y = _product(x, packed.data, bias, dtype)
+    for term in before:
+        y.add_(term)
+    if not is_plain:
+        y = activate(y, activation, gated=shape.gated)
+        y = y if residual is None else y.add_(residual)
+    return y.to(out_dtype or x.dtype)
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x w^T + bias in dtype: x's, or fp32. Only on a GPU does torch multiply bf16 to fp32 without a copy."""
+    if dtype == x.dtype:
+        return functional.linear(x, w, bias)
+    y = torch.mm(x, w.t(), out_dtype=dtype) if x.is_cuda else functional.linear(x.to(dtype), w.to(dtype))
+    return y if bias is None else y.add_(bias)
 
 
 def grouped_linear(

@@ -21,6 +21,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.tensor_parallel_degree": ("max", 1),
     "option.device": ("cpu", "cpu"),
     "option.kernels": ("torch", "torch"),
+    "option.batch_invariant": ("true", True),
     "option.enforce_eager": ("true", True),
     "option.cpu_threads": ("3", 3),
     "option.max_model_len": ("77", 77),

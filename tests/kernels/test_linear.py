@@ -1,15 +1,18 @@
 """Linear on packed weights: twins against double, kernels against twins, bits over rows and threads."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from kernel_cases import DTYPES, HALVES, assert_close, on_sm90a, rand, same_bits, strided
+from mirrored import Mirrored
 from torch import Tensor
 from torch.nn import functional
 
 from lmi_dist import ops
 from lmi_dist.errors import KernelError
+from lmi_dist.ops import column as columns
 from lmi_dist.ops.abi import Library
 from lmi_dist.ops.activation import ACTIVATIONS, Activation
 from lmi_dist.ops.linear import Format, PackedWeight, linear_torch
@@ -253,6 +256,78 @@ def test_linear_off_16_bytes_goes_the_way_of_sm80(library: Library) -> None:
         kernels = launched()
 
     assert kernels == {"linear"}
+
+
+# ---- torch's product ----
+
+
+@pytest.fixture
+def device(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the column's tensors lie, with torch's product for dense linears: a GPU, or on the stand-in the CPU."""
+    monkeypatch.setitem(columns._libraries, library.path, library.far if isinstance(library, Mirrored) else library)
+    with ops.using(library.path.stem.removeprefix("liblmi_"), 1, path=library.path, batch_invariant=False) as opened:
+        assert opened is not None
+        yield opened.device
+
+
+TERMS: dict[str, tuple[str, ...]] = {
+    "none": (), "bias": ("bias",), "residual": ("residual",), "both": ("bias", "residual"), "all": ("bias", "addend", "residual"),
+}  # fmt: skip
+
+
+@pytest.mark.device_column
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("gated", "activation"), [(False, "identity"), (False, "gelu"), (True, "silu")])
+@pytest.mark.parametrize("terms", TERMS)
+def test_torchs_product_finishes_as_the_twin(
+    device: str, dtype: torch.dtype, wide: bool, gated: bool, activation: Activation, terms: str
+) -> None:
+    """Rounded once more on the way: each of the terms, which are of about 1, may be off by one unit in its last place."""
+    values, x = weights((70, 40), dtype, "dense", 0, 1), strided(rand(19, 40, dtype=dtype))
+    terms_dtype = torch.float32 if wide else dtype
+    drawn = {
+        "bias": rand(70, dtype=dtype, seed=2),
+        "addend": rand(19, 70, dtype=terms_dtype, seed=3),
+        "residual": strided(rand(19, 35 if gated else 70, dtype=terms_dtype, seed=4)),
+    }
+    given: dict[str, Any] = {name: drawn[name] for name in TERMS[terms]}
+    options: dict[str, Any] = {"activation": activation, "out_dtype": torch.float32 if wide else None}
+    weight = packed((70, 40), {"w": values["w"].to(device)}, dtype, gated)
+    there = {name: term.to(device) for name, term in given.items()}
+
+    out = ops.linear(x.to(device), weight, **there, **options)
+
+    assert weight.data.shape == (70, 40)
+    assert all(torch.equal(there[name].cpu(), term) for name, term in given.items())
+    expected = linear_torch(x, on_torch((70, 40), values, dtype, gated), **given, **options)
+    slack = None if dtype == torch.float32 else torch.full_like(expected, 3 * 2**-7, dtype=torch.float32)
+    assert_close(out.cpu(), expected, slack=slack)
+
+
+@pytest.mark.device_column
+@pytest.mark.parametrize("num_rows", [0, 1, 33])
+def test_torchs_product_sums_in_fp32_for_logits(device: str, num_rows: int) -> None:
+    """What bf16 would round to ties."""
+    values, x = weights((64, 512), torch.bfloat16, "dense", 0, 1), rand(num_rows, 512, dtype=torch.bfloat16)
+    weight = packed((64, 512), {"w": values["w"].to(device)}, torch.bfloat16)
+
+    out = ops.linear(x.to(device), weight, out_dtype=torch.float32)
+
+    assert_close(out.cpu(), linear_torch(x, on_torch((64, 512), values, torch.bfloat16), out_dtype=torch.float32))
+
+
+@pytest.mark.device_column
+def test_torchs_product_is_for_single_dense_weights(device: str) -> None:
+    dense, quantised = ops.pack_linear(8, 16, torch.float32), ops.pack_linear(8, 16, torch.float32, format="int8", group=16)
+    experts = ops.pack_experts(2, 8, 16, torch.float32)
+
+    assert dense.library is None
+    assert quantised.library is not None
+    assert all(expert.library is not None for expert in experts)
+    for index, (sentence, call) in enumerate(bad_calls(dense)):
+        if index != 7:  # of experts
+            with pytest.raises(KernelError, match="^" + sentence):
+                call()
 
 
 def test_linear_may_write_over_its_residual(library: Library) -> None:

@@ -1,10 +1,14 @@
-"""The engine on the CUDA column, which the stand-in runs on a CPU: it says what it says on the CPU column."""
+"""The engine on the CUDA column, which the stand-in runs on a CPU: it says what it says on the CPU column, and with torch's product
+in place of its own what transformers says."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
+import driving
 import pytest
 import tiny_models
+import torch
+from transformers import AutoModelForCausalLM
 
 from lmi_dist import Engine, EngineConfig, Request, SamplingParams, ops
 
@@ -54,7 +58,7 @@ def generate(folder: Path, indices: Iterable[int] = range(3), **values: object) 
 def test_cuda_column_generates_the_cpu_columns_ids(variant: str, tmp_path: Path) -> None:
     tiny_models.save(tiny_models.build(variant), tmp_path)
 
-    ids = generate(tmp_path, kernels="sim", dtype="fp32")
+    ids = generate(tmp_path, kernels="sim", dtype="fp32", batch_invariant=True)
 
     assert [len(each) for each in ids] == [NUM_TOKENS] * len(WAYS)
     assert ids == generate(tmp_path, kernels="cpu", dtype="fp32")
@@ -65,7 +69,34 @@ def test_tensor_cores_generate_the_same_alone_and_together(variant: str, tmp_pat
     """In bf16, where the columns round in different places, so that a near tie may part them."""
     tiny_models.save(tiny_models.build(variant), tmp_path)
 
-    together = generate(tmp_path, kernels="sim", dtype="bf16")
+    values = {"kernels": "sim", "dtype": "bf16", "batch_invariant": True}
+    together = generate(tmp_path, **values)
 
-    alone = [generate(tmp_path, [index], kernels="sim", dtype="bf16", prefill_chunk_tokens=128) for index in range(len(WAYS))]
+    alone = [generate(tmp_path, [index], prefill_chunk_tokens=128, **values) for index in range(len(WAYS))]
     assert together == [ids for (ids,) in alone]
+
+
+# ---- torch's product ----
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "gpt2", "bloom"])
+def test_torchs_product_generates_transformers_ids(variant: str, tmp_path: Path) -> None:
+    model, references = tiny_models.settled(variant)
+    runner = driving.make_runner(tiny_models.save(model, tmp_path), "sim")
+
+    courses = driving.run(runner, driving.make_scheduler(runner), {i: each.prompt for i, each in enumerate(references)}, NUM_TOKENS)
+
+    assert "dense linears: torch's product" in ops.describe()
+    assert [tuple(course.ids) for course in courses.values()] == [each.ids[:NUM_TOKENS] for each in references]
+
+
+@pytest.mark.parametrize("variant", ["llama2-gqa", "both-biases-tied", "gptj", "gpt2"])
+def test_torchs_product_is_as_exact_as_transformers_in_bf16(variant: str, tmp_path: Path) -> None:
+    model = tiny_models.build(variant)
+    folder, ids = tiny_models.save(model, tmp_path), tiny_models.prompt_of(60)
+    exact = tiny_models.teacher_forced(model, ids)
+    theirs = tiny_models.teacher_forced(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), ids)
+
+    ours = driving.logits_at_every_position(driving.make_runner(folder, "sim", dtype="bf16"), ids)
+
+    assert float((ours - exact).abs().max()) <= 2 * float((theirs - exact).abs().max())

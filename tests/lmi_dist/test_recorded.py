@@ -53,8 +53,8 @@ def padded(runner: Runner, *sizes: int) -> RecordedDecodes:
 
 @pytest.mark.parametrize("kernels", ["cpu", "sim"])
 def test_first_step_of_a_size_records_and_later_ones_replay(folder: Path, kernels: str) -> None:
-    runner, chunks = ready(folder, 3, kernels)
-    plain = decode(ready(folder, 3, kernels, enforce_eager=True)[0], chunks)
+    runner, chunks = ready(folder, 3, kernels, batch_invariant=True)
+    plain = decode(ready(folder, 3, kernels, batch_invariant=True, enforce_eager=True)[0], chunks)
     assert runner.decodes is not None
 
     first, again, fewer = decode(runner, chunks), decode(runner, chunks), decode(runner, chunks[1:])
@@ -67,8 +67,8 @@ def test_first_step_of_a_size_records_and_later_ones_replay(folder: Path, kernel
 
 @pytest.mark.parametrize("kernels", ["cpu", "sim"])
 def test_padding_rows_change_nothing(folder: Path, kernels: str) -> None:
-    runner, chunks = ready(folder, 5, kernels)
-    plain = decode(ready(folder, 5, kernels, enforce_eager=True)[0], chunks)
+    runner, chunks = ready(folder, 5, kernels, batch_invariant=True)
+    plain = decode(ready(folder, 5, kernels, batch_invariant=True, enforce_eager=True)[0], chunks)
     runner.decodes = padded(runner, 1, 2, 4, 8)
     before = [part.clone() for layer in runner.cache.layers for part in layer]
     decode(runner, chunks)

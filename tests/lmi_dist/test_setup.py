@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import tiny_tokenizers
+import torch
 from transformers import AutoTokenizer
 
 from lmi_dist import ops
 from lmi_dist.config import EngineConfig
 from lmi_dist.errors import CheckpointError
+from lmi_dist.ops import column
 from lmi_dist.setup import explain, load_tokenizer, usable_cpus
 
 
@@ -74,11 +76,36 @@ def test_lines_tell_model_memory_and_kernels(folder):
         ({"kernels": "cpu", "max_batch_size": 5}, "of up to 5 sequences are recorded and replayed"),
         ({"kernels": "cpu", "enforce_eager": True}, "run from Python: enforce_eager=true"),
         ({"kernels": "torch"}, "run from Python: torch's operations are not recorded"),
+        ({"kernels": "sim"}, "run from Python: torch's operations are not recorded"),
+        ({"kernels": "sim", "batch_invariant": True}, "of up to 64 sequences are recorded and replayed"),
     ],
 )
 def test_explanation_tells_how_decode_steps_run(folder, values, decodes):
     with ops.using("cpu", 1):
         assert explain(EngineConfig(model=str(folder), **values), available_bytes=1 << 30).decodes == decodes
+
+
+@pytest.mark.parametrize(
+    ("values", "product"),
+    [
+        ({"kernels": "sim"}, "; dense linears: torch's product, cuBLAS on a GPU"),
+        ({"kernels": "sim", "batch_invariant": True}, "; dense linears: our kernels, batch_invariant=true"),
+        ({"kernels": "cpu"}, ", 1 threads"),  # where a row's bits never depend on its batch
+    ],
+)
+def test_explanation_tells_which_product_dense_linears_take(folder, values, product):
+    with ops.using("cpu", 1):
+        assert explain(EngineConfig(model=str(folder), cpu_threads=1, **values)).kernels.endswith(product)
+
+
+def test_old_torch_leaves_dense_linears_to_our_kernels(folder, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.7.1")
+    monkeypatch.setattr(column, "MULTIPLIES_TO_FP32", False)
+
+    with ops.using("cpu", 1):
+        told = explain(EngineConfig(model=str(folder), kernels="sim"), available_bytes=1 << 30)
+
+    assert told.kernels.endswith("; dense linears: our kernels, since torch 2.7.1 multiplies bf16 to no fp32 (2.8 does)")
 
 
 def test_explaining_reads_no_tensor(folder, monkeypatch):
