@@ -34,6 +34,9 @@ RULES = [
     ("loosen a wait", r"ptx::wait_products<([^;]*)>\(\)", r"ptx::wait_products<\1 + 1>()"),
     ("drop a barrier", r"\bsync_group\(\);", ""),
     ("drop a fence", r"ptx::fence_(async|products|mbarriers)\(\);", ""),
+    ("drop a wait", r"ptx::await_system\([^;]*\);", ""),
+    ("drop an arrival", r"ptx::release_system\([^;]*\);", ""),
+    ("one half for all calls", r"call % 2", "0"),
     ("drop an arrival", r"\bring_?\.release\([^;]*\);", ""),
     ("expect fewer bytes", r"(arrive_expecting\([^,]*, )(\w+::)", r"\1-16 + \2"),
     ("loosen a wait", r"ptx::wait_copies<([^;]*)>\(\)", r"ptx::wait_copies<\1 + 1>()"),
@@ -69,6 +72,7 @@ HARMLESS = [
 
 # Files and the tests that know them; others are looked at by all.
 TESTS = {
+    "all_reduce": ["test_peers.py"],
     "attention": ["test_attention.py"],
     "fp8": ["test_attention.py", "test_rotary.py"],
     "linear": ["test_linear.py"],
@@ -76,6 +80,7 @@ TESTS = {
     "moe": ["test_moe.py", "test_device_column.py"],
     "norm": ["test_norm.py"],
     "rotary": ["test_rotary.py", "test_device_column.py"],
+    "peers": ["test_peers.py"],
     "penalize": ["test_sampling.py", "test_device_column.py"],
     "sampling": ["test_sampling.py"],
     "logprobs": ["test_sampling.py"],

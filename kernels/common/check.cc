@@ -107,6 +107,21 @@ void check_starts(const char *name, const lmi_tensor &starts, int64_t last) {
   if (!ascending) refuse(std::string(name) + " must ascend from 0 to " + std::to_string(last));
 }
 
+bool has_no_gaps(const lmi_tensor &tensor) {
+  int64_t step = 1;
+  for (int32_t i = tensor.dims - 1; i >= 0; --i) {
+    if (tensor.size[i] > 1 && tensor.stride[i] != step) return false;
+    step *= tensor.size[i];
+  }
+  return true;
+}
+
+int64_t num_elements(const lmi_tensor &tensor) {
+  int64_t num = 1;
+  for (int32_t i = 0; i < tensor.dims; ++i) num *= tensor.size[i];
+  return num;
+}
+
 int64_t bytes_of(int32_t dtype) {
   switch (dtype) {
     case LMI_U8:

@@ -44,6 +44,8 @@ void check_entries(const char *name, const lmi_tensor &entries, int64_t minimum,
 /* Rows of an I32 vector must be increasing from 0 to `last`: starts of pieces. */
 void check_starts(const char *name, const lmi_tensor &starts, int64_t last);
 
+bool has_no_gaps(const lmi_tensor &tensor);
+int64_t num_elements(const lmi_tensor &tensor);
 int64_t bytes_of(int32_t dtype);
 
 }  // namespace lmi

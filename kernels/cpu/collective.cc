@@ -106,15 +106,6 @@ class LargeSum {
   int64_t written_[Link::kRing] = {}, summed_[Link::kRing] = {}; /* turns */
 };
 
-bool has_no_gaps(const lmi_tensor &x) {
-  int64_t step = 1;
-  for (int32_t i = x.dims - 1; i >= 0; --i) {
-    if (x.size[i] > 1 && x.stride[i] != step) return false;
-    step *= x.size[i];
-  }
-  return true;
-}
-
 void check_link(const lmi_link &link) {
   require(link.memory != nullptr, "the link has no memory");
   check_range("size", link.size, 1, Link::kMaxRanks);
@@ -140,8 +131,7 @@ void all_reduce(const lmi_all_reduce_args &args) {
   check_dims("x", x, x.dims);
   check_float("x", x);
   require(has_no_gaps(x), "x has gaps; it must be contiguous");
-  int64_t n = 1;
-  for (int32_t i = 0; i < x.dims; ++i) n *= x.size[i];
+  const int64_t n = num_elements(x);
   if (n == 0 || args.link.size == 1) return;
   Link link(args.link);
   char *data = static_cast<char *>(x.data);

@@ -141,3 +141,22 @@ lmi_status lmi_link_drop(const lmi_link *link, const char *reason) {
   }
 LMI_OPERATIONS(LMI_EXPORT)
 #undef LMI_EXPORT
+
+/* ---- what is for GPUs alone ---- */
+
+namespace {
+
+lmi_status refuse_peers(const char *operation) {
+  return lmi::guard(operation, [] { throw lmi::Error(LMI_UNSUPPORTED, "this column has no GPUs; ranks share a link (lmi_all_reduce)"); });
+}
+
+}  // namespace
+
+void *lmi_peers_create(int32_t, int32_t, int64_t, void *) {
+  refuse_peers("peers_create");
+  return nullptr;
+}
+
+lmi_status lmi_peers_map(void *, void *) { return refuse_peers("peers_map"); }
+
+lmi_status lmi_peer_all_reduce(const lmi_peer_all_reduce_args *, lmi_stream) { return refuse_peers("peer_all_reduce"); }

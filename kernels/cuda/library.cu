@@ -113,6 +113,7 @@ int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_features, int32
     });                                                                                      \
   }
 LMI_MODEL_OPERATIONS(LMI_EXPORT)
+LMI_EXPORT(peer_all_reduce)
 #undef LMI_EXPORT
 
 int64_t lmi_link_bytes(int32_t size) { return lmi::Link::bytes(size); }

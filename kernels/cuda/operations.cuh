@@ -8,6 +8,7 @@ namespace lmi::cuda {
 
 #define LMI_DECLARE(name) void name(const lmi_##name##_args &args, cudaStream_t stream);
 LMI_MODEL_OPERATIONS(LMI_DECLARE)
+LMI_DECLARE(peer_all_reduce)
 #undef LMI_DECLARE
 
 }  // namespace lmi::cuda

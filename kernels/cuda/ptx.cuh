@@ -176,6 +176,29 @@ __device__ __forceinline__ void arrive_barrier(int id, int num_threads) {
 #endif
 }
 
+/* ---- between GPUs ---- */
+
+/* *place := value, which lies in memory that several GPUs have mapped. Who sees it there sees what this thread has stored before, and
+ * before a barrier its block. */
+__device__ __forceinline__ void release_system(uint32_t *place, uint32_t value) {
+#if defined(LMI_SIM)
+  sim::release(place, value);
+#else
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(place), "r"(value) : "memory");
+#endif
+}
+
+/* Until *place, which another GPU releases, has come to value or gone past it. */
+__device__ __forceinline__ void await_system(const uint32_t *place, uint32_t value) {
+#if defined(LMI_SIM)
+  sim::await(place, value);
+#else
+  uint32_t seen;
+  do asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(place) : "memory");
+  while (static_cast<int32_t>(seen - value) < 0);
+#endif
+}
+
 /* ---- arithmetic ---- */
 
 /* 2^x within 2 units in the last place; 0 for -infinity. */

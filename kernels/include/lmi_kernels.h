@@ -293,6 +293,23 @@ typedef struct {
 } lmi_gather_args;
 LMI_API lmi_status lmi_gather(const lmi_gather_args *args, lmi_stream stream);
 
+/* ---- between the GPUs of one machine ---- */
+
+/* This rank's part of what 2 to 8 ranks with a GPU each share: memory on the device in use, where the others read its messages of up to
+ * max_bytes. Writes a handle of 64 bytes, by which they map it. NULL where it cannot be, and lmi_error_message() says why. It is there while
+ * the process is. */
+LMI_API void *lmi_peers_create(int32_t rank, int32_t size, int64_t max_bytes, void *handle);
+/* Maps the memory of the others; handles: those of all ranks in order. */
+LMI_API lmi_status lmi_peers_map(void *peers, void *handles);
+
+/* As lmi_all_reduce, by the GPUs themselves. All ranks make the same calls in the same order. x: any shape without gaps, of up to
+ * max_bytes. A call waits on the device for all ranks to make theirs. */
+typedef struct {
+  void *peers;
+  lmi_tensor x;
+} lmi_peer_all_reduce_args;
+LMI_API lmi_status lmi_peer_all_reduce(const lmi_peer_all_reduce_args *args, lmi_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -132,6 +132,8 @@ void open_if_full(Barrier &barrier, unsigned num_threads) {
   barrier.num_arrived = 0;
   ++barrier.generation;
   note_event();
+  Block &b = block();
+  for (unsigned i = 0; &barrier == b.barriers && i < b.num_threads; ++i) order_late_stores(b.threads[i]);
 }
 
 void thread_main() {
@@ -161,6 +163,7 @@ void start_threads() {
     thread.num_accesses = 0;
     thread.copies.clear();
     thread.products.clear();
+    thread.late.clear();
     clear_written(thread);
     thread.fiber.start(thread_main);
     b.order[i] = order == Order::kReverse ? b.num_threads - 1 - i : i;
@@ -188,6 +191,7 @@ void run_block(size_t shared_bytes) {
   current = &next_thread();
   Fiber::change(b.host, current->fiber);
   current = nullptr;
+  for (unsigned i = 0; i < b.num_threads; ++i) land_late_stores(b.threads[i]);
   if (!b.report.empty()) throw Error(LMI_DEVICE_ERROR, std::exchange(b.report, {}));
   finish_counting();
   if (num_bulk() > 0) throw Error(LMI_DEVICE_ERROR, where() + ": a bulk copy is on its way when the block ends");

@@ -12,6 +12,7 @@
 
 #include "sim/copies.h"
 #include "sim/fiber.h"
+#include "sim/peers.h"
 #include "sim/products.h"
 #include "sim/vectors.h"
 
@@ -30,6 +31,7 @@ struct Thread {
   CopyGroups copies;
   ProductGroups products;
   std::vector<uint32_t> unfenced;        /* shared memory that it wrote, shared.h */
+  std::vector<LateStore> late;           /* what it wrote for other GPUs, peers.h */
   uint64_t num_accesses = 0;             /* of global memory, counters.h */
 };
 

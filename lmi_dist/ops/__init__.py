@@ -10,6 +10,7 @@ from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_exper
 from lmi_dist.ops.lora import lora
 from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
+from lmi_dist.ops.peers import Peers
 from lmi_dist.ops.record import Arena, Recorder, Recording, Replayable
 from lmi_dist.ops.rotary import rotary
 from lmi_dist.ops.sampling import logprobs, penalize, sample
@@ -21,6 +22,7 @@ __all__ = [
     "Arena",
     "GraphPool",
     "PackedWeight",
+    "Peers",
     "Recorder",
     "Recording",
     "Replayable",

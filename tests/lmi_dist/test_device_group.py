@@ -12,7 +12,7 @@ import torch
 
 from lmi_dist import ops
 from lmi_dist.device_group import ONE_SHOT_BYTES, DeviceGroup
-from lmi_dist.errors import DeviceError, RankError
+from lmi_dist.errors import DeviceError, KernelError, RankError
 from lmi_dist.parallel import Ranks
 from lmi_dist.plan import Plan
 
@@ -46,6 +46,53 @@ def test_sum_is_in_rank_order_and_rounded_once(size: int, tmp_path: Path) -> Non
             total = total + term(rank, number, dtype).float()
         for result in results:
             assert torch.equal(result[index], total.to(dtype)), (number, dtype)
+
+
+def test_small_sums_go_through_the_gpus_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in, whose ranks map each other's memory: up to a size, and with the bits of the other way."""
+    monkeypatch.setattr("lmi_dist.device_group.PEER_BYTES", 1 << 16)
+    numbers = (1, 8191, 8192, 8193, 20_001)
+
+    def sums(link: Any) -> tuple[list[torch.Tensor], int]:
+        with ops.using("sim", 1):
+            link.join_gpus(tmp_path / "store", CPU, "gloo")
+            summed, plain = [], ops.Peers.all_reduce
+
+            def note(peers: ops.Peers, x: torch.Tensor) -> torch.Tensor:
+                summed.append(x.numel())
+                return plain(peers, x)
+
+            monkeypatch.setattr(ops.Peers, "all_reduce", note)
+            return [link.all_reduce(term(link.ranks.rank, number, torch.float32)) for number in numbers], summed
+
+    with ranks.Group(2, sums) as group:
+        for result, summed in group.results():
+            assert summed == [1, 8191, 8192]
+            for number, x in zip(numbers, result, strict=True):
+                assert torch.equal(x, term(0, number, torch.float32) + term(1, number, torch.float32))
+
+
+def test_gpu_that_cannot_be_reached_leaves_all_to_nccl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(peers: ops.Peers, handles: list[bytes]) -> None:
+        raise KernelError("peers_map: another GPU's memory cannot be mapped: peer access is not supported")
+
+    def sums(link: Any) -> tuple[torch.Tensor, list[str]]:
+        caplog.set_level("INFO", "lmi_dist.device_group")
+        if link.ranks.rank == 1:
+            monkeypatch.setattr(ops.Peers, "map", refuse)
+        with ops.using("sim", 1):
+            link.join_gpus(tmp_path / "store", CPU, "gloo")
+            monkeypatch.setattr(ops.Peers, "all_reduce", lambda *_: pytest.fail("one of them cannot"))
+            return link.all_reduce(term(link.ranks.rank, 5, torch.float32)), [record.getMessage() for record in caplog.records]
+
+    with ranks.Group(2, sums) as group:
+        (first, others), (second, own) = group.results()
+
+    assert torch.equal(first, second)
+    assert others[-1] == "sums over ranks go through gloo alone: another rank says why"
+    assert own[-1].endswith("gloo alone: peers_map: another GPU's memory cannot be mapped: peer access is not supported")
 
 
 def test_shape_stays_and_the_sum_is_in_place(tmp_path: Path) -> None:

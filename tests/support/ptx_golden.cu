@@ -96,6 +96,23 @@ __global__ void barriers_kernel(const uint32_t *in, uint32_t *out) {
   if (threadIdx.x < kWarp) out[threadIdx.x] = out[kBlock + threadIdx.x] = 0;
 }
 
+/* ---- release and await: warp 0 stores and tells, warp 1 waits for it and reads; `out` begins as -1 ---- */
+
+__global__ void release_kernel(const uint32_t *in, uint32_t *out) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t *const flag = out, *const stored = out + kWarp, *const read = out + 2 * kWarp;
+  if (threadIdx.x < kWarp) {
+    stored[lane] = in[lane];
+    __syncwarp();
+    if (lane == 0) ptx::release_system(flag, 7);
+    else flag[lane] = 0;
+  } else {
+    if (lane == 0) ptx::await_system(flag, 7);
+    __syncwarp();
+    read[lane] = stored[(lane + 1) % kWarp];
+  }
+}
+
 __global__ void exp2_kernel(const uint32_t *in, uint32_t *out) {
   float x;
   memcpy(&x, in + threadIdx.x, sizeof x);
@@ -123,6 +140,7 @@ const Golden kGoldens[] = {
     {"mma e4m3", "multiply_e4m3", "e4m3 product", "89", 10 * kWarp, 4 * kWarp, run_block<product_kernel<E4m3Product>, kWarp, 0>},
     {"mma int8", "multiply_int8", "int8 product", "80", 10 * kWarp, 4 * kWarp, run_block<product_kernel<Int8Product>, kWarp, 0>},
     {"named barriers", "sync_barrier arrive_barrier", "words", "80", 2 * kWarp, 2 * kBlock, run_block<barriers_kernel, kBlock, 4 * kWarp>},
+    {"release and await", "release_system await_system", "words", "80", kWarp, 3 * kWarp, run_block<release_kernel, 2 * kWarp, 0>},
     {"exp2", "exp2_fast", "exponents", "80", kBlock, kBlock, run_block<exp2_kernel, kBlock, 0>},
     {"fp8 widened", "multiply_pairs", "words", "80", kBlock, 4 * kBlock, run_block<widen_kernel, kBlock, 0>},
     LMI_GOLDENS_SM90,
