@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+PENDING = -1  # in place of a token id: what the step before chooses for this sequence, which only the device knows yet
 MAX_PROMPT_ROWS = 256  # prompt tokens of a step whose logits are wanted: a row has the size of the vocabulary
 
 

@@ -1,7 +1,8 @@
 """Decides who runs in the next step, with which tokens and in which blocks: Sequences in, Plans out, their new tokens back in.
 
 Only ints: no torch, clock or randomness, so that the same calls give the same plans. `plan` reserves, then exactly one of
-`commit` (the forward ran) and `drop` (it failed) follows; `add` and `finish` may be called at any time, in between too.
+`commit` (the forward ran) and `drop` (it failed) follows; `add` and `finish` may be called at any time, in between too. With one
+plan in flight `plan_ahead` makes the next, whose forward is taken to run after the other's.
 """
 
 import collections.abc
@@ -94,7 +95,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []  # both by arrival
         self._running: list[Sequence] = []
-        self._step: _Step | None = None
+        self._flights: list[_Step] = []  # oldest first
         self._features: tuple[bytes, ...] = ()  # digests of the images that the ranks have encoded and still keep
 
     @property
@@ -145,27 +146,41 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def finish(self, sequence_id: int) -> None:
-        """End it from outside and take its blocks back; unknown ids are ignored. With a plan in flight too: nobody else gets the
-        blocks before that is committed or dropped, for nothing is planned before, and the sequence's tokens are ignored then."""
+        """End it from outside and take its blocks back; unknown ids are ignored. With a plan in flight too: who gets the blocks
+        next writes to them when that has run, and the sequence's tokens are ignored then."""
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             (self._running if sequence.state == "running" else self._waiting).remove(sequence)
             self._end(sequence)
 
     def reset(self) -> None:
-        """Forget all sequences, the plan in flight and what the pool holds. The counters go on."""
+        """Forget all sequences, the plans in flight and what the pool holds. The counters go on."""
         for sequence in list(self._sequences.values()):
             self._end(sequence)
         self._waiting.clear()
         self._running.clear()
-        self._step = None
+        self._flights.clear()
         self._features = ()
         self._pool = BlockPool(self._pool.num_blocks, self._pool.block_size)
 
     def plan(self) -> Plan:
         """What runs next; empty, and then not in flight, only without work. Raises AssertionError if a plan is in flight."""
-        if self._step is not None:
+        if self._flights:
             raise AssertionError(f"step {self.num_steps} is in flight; commit or drop its plan before the next")
+        return self._plan()
+
+    def plan_ahead(self) -> Plan:
+        """What runs behind the plan in flight, whose tokens are not known yet: a decode's token is PENDING. A sequence that will
+        have ended by its number of tokens is left out; one that turns out to have ended otherwise runs for nothing. Empty, and not
+        in flight, if nothing is left to run, or if it cannot be told yet: a sequence would have to be preempted, or encoders run
+        in the plan in flight. Raises AssertionError unless exactly one is in flight."""
+        if len(self._flights) != 1:
+            raise AssertionError(f"{len(self._flights)} plans are in flight; one is planned ahead of, no more")
+        if self._flights[0].encodes or self._num_missing_blocks() > self._pool.num_available:
+            return Plan(self.num_steps + 1)
+        return self._plan()
+
+    def _plan(self) -> Plan:
         step = _Step(prompt_rows=self.max_prompt_rows)
         unfinished_prefills = self._schedule_running(step)
         step.budget = step.encoder_budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
@@ -174,22 +189,27 @@ class Scheduler:
             self._admit(step)
         decodes, chunks = (tuple([chunk for _, chunk in rows]) for rows in (step.decoding, step.prefilling))
         self._forget_features()
-        plan = Plan(self.num_steps, decodes, chunks, tuple([encode for _, encode in step.encodes]), self._features)
+        plan = Plan(
+            self.num_steps + len(self._flights), decodes, chunks, tuple([encode for _, encode in step.encodes]), self._features
+        )
         if not plan.is_empty:
             step.plan = plan
-            self._step = step
+            self._flights.append(step)
         return plan
 
     def commit(self, plan: Plan, tokens: Mapping[int, collections.abc.Sequence[int]]) -> list[Finished]:
-        """Record that the plan has run. `tokens` holds the new ids of each sequence whose chunk `wants_token`, in order, several at
-        once allowed; a sequence takes them up to its end and ignores the rest. Returns who has ended by that.
+        """Record that the plan, the older one in flight, has run. `tokens` holds the new ids of each sequence whose chunk
+        `wants_token`, in order, several at once allowed where nothing was planned ahead; a sequence takes them up to its end and
+        ignores the rest. Returns who has ended by that.
         Raises AssertionError, with nothing changed, if the plan is not in flight or a sequence lacks its tokens."""
-        step = self._in_flight(plan)
+        step = self._in_flight(plan, 0)
         rows = [(s, chunk) for s, chunk in step.decoding + step.prefilling if s.state == "running"]
         for sequence, chunk in rows:
             if not tokens.get(sequence.id) and wants_token(chunk):
                 raise AssertionError(f"sequence {sequence.id} must get at least one token when step {plan.step} is committed")
-        self._step = None
+            if sequence.num_scheduled > len(sequence.token_ids) and len(tokens[sequence.id]) > 1:
+                raise AssertionError(f"sequence {sequence.id} must get one token, for step {plan.step + 1} is planned already")
+        del self._flights[0]
         self.num_steps += 1
         self.prefix_query_tokens += step.num_query_tokens
         self.prefix_hit_tokens += step.num_hit_tokens
@@ -209,11 +229,12 @@ class Scheduler:
         return finished
 
     def drop(self, plan: Plan) -> None:
-        """Undo the plan, because its forward failed: blocks given back, admissions undone, counts and step as before, so that the
-        next plan is equal. Only what the forward may have written over does not come back: who was preempted for it stays
-        preempted (it waits, with all its tokens), and evicted blocks stay forgotten. Raises AssertionError if not in flight."""
-        step = self._in_flight(plan)
-        self._step = None
+        """Undo the plan, the newer one in flight, because its forward failed: blocks given back, admissions undone, counts and step
+        as before, so that the next plan is equal. Only what the forward may have written over does not come back: who was preempted
+        for it stays preempted (it waits, with all its tokens), and evicted blocks stay forgotten. Raises AssertionError if it is
+        not in flight."""
+        step = self._in_flight(plan, -1)
+        del self._flights[-1]
         for sequence, chunk in step.decoding + step.prefilling:
             if sequence.state == "running":
                 sequence.num_scheduled = chunk.start
@@ -227,10 +248,10 @@ class Scheduler:
                 self._pool.give_back(sequence.table[num_before:])
                 sequence.table = sequence.table[:num_before]
 
-    def _in_flight(self, plan: Plan) -> _Step:
-        if self._step is None or self._step.plan is not plan:
-            raise AssertionError(f"the plan of step {plan.step} is not in flight; each plan is committed or dropped once")
-        return self._step
+    def _in_flight(self, plan: Plan, place: int) -> _Step:
+        if not self._flights or self._flights[place].plan is not plan:
+            raise AssertionError(f"the plan of step {plan.step} is not in flight; each plan is committed or dropped once, in order")
+        return self._flights[place]
 
     # ---- planning ----
 
@@ -242,21 +263,21 @@ class Scheduler:
         index = 0
         while index < len(running):
             sequence = running[index]
-            if len(sequence.token_ids) > len(sequence.table) * size and not self._grow(sequence, step):
+            if _needed(sequence) > len(sequence.table) * size and not self._grow(sequence, step):
                 break
             start = sequence.num_scheduled
             if start < sequence.prefill_end:
                 others.append(sequence)
-            else:
+            elif not _ends_in_flight(sequence):
                 sequence.num_scheduled = start + 1
                 step.decoding.append((sequence, sequence.chunk(start, start + 1, 1)))
             index += 1
         return others
 
     def _grow(self, sequence: Sequence, step: _Step) -> bool:
-        """Blocks for all known tokens, at the youngest's cost if need be; False if that was the sequence itself."""
+        """Blocks for all that it needs, at the youngest's cost if need be; False if that was the sequence itself."""
         num_before = len(sequence.table)
-        num_missing = self._pool.blocks_for(len(sequence.token_ids)) - num_before
+        num_missing = self._pool.blocks_for(_needed(sequence)) - num_before
         while self._pool.num_available < num_missing:
             victim = self._running.pop()
             self._send_back(victim)
@@ -267,6 +288,10 @@ class Scheduler:
         sequence.table += self._pool.take(num_missing)
         step.grown.append((sequence, num_before))
         return True
+
+    def _num_missing_blocks(self) -> int:
+        """That those who run need for their next tokens."""
+        return sum([max(0, self._pool.blocks_for(_needed(sequence)) - len(sequence.table)) for sequence in self._running])
 
     def _schedule_prefills(self, step: _Step, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -451,6 +476,16 @@ class Scheduler:
         self._pool.give_back(sequence.table[sequence.num_passed :])
         sequence.table = sequence.cross_table = ()
         sequence.num_scheduled = sequence.num_computed = sequence.num_published = sequence.num_passed = sequence.prefill_end = 0
+
+
+def _ends_in_flight(sequence: Sequence) -> bool:
+    """Whether the token that is still to come from a plan in flight is its last by their number."""
+    return sequence.num_scheduled == len(sequence.token_ids) and sequence.num_generated + 1 >= sequence.max_tokens
+
+
+def _needed(sequence: Sequence) -> int:
+    """Tokens that need a block: those known, and the one to come that is to run next."""
+    return len(sequence.token_ids) + (sequence.num_scheduled == len(sequence.token_ids) and not _ends_in_flight(sequence))
 
 
 def _first_row(sequence: Sequence) -> int:

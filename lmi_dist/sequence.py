@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmi_dist.blocks import PrefixChain
-from lmi_dist.plan import Chunk, PlacedImage, Span
+from lmi_dist.plan import PENDING, Chunk, PlacedImage, Span
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """One text that grows: its tokens, when it ends, and where it stands. Only its Scheduler changes it once it was added.
 
-    Four counts of tokens, each at most the one before: known (`token_ids`), scheduled (their keys are in the cache or will be
-    when the plan in flight has run), computed (their keys are in the cache), published (counted in blocks; others may find them).
+    Four counts of tokens: known (`token_ids`), scheduled (their keys are in the cache or will be when the plans in flight have run;
+    at most one more than is known), computed (their keys are in the cache), published (counted in blocks; others may find them).
     """
 
     id: int
@@ -46,10 +46,10 @@ class Sequence:
         return len(self.token_ids) - self.prompt_length
 
     def chunk(self, start: int, end: int, num_outputs: int) -> Chunk:
-        """Its tokens at positions start .. end - 1 for a plan."""
+        """Its tokens at positions start .. end - 1 for a plan. One that is not known yet is PENDING, and alone."""
         return Chunk(
             sequence=self.id,
-            token_ids=tuple(self.token_ids[start:end]),
+            token_ids=tuple(self.token_ids[start:end]) or (PENDING,),
             start=start,
             table=self.table,
             prompt_length=self.prompt_length,

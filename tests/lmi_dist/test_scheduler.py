@@ -1079,6 +1079,11 @@ class AnyOrder(RuleBasedStateMachine):
     def plan(self) -> None:
         self.w.plan()
 
+    @precondition(lambda self: len(self.w.flights) == 1)
+    @rule()
+    def plan_ahead(self) -> None:
+        self.w.plan_ahead()
+
     @precondition(lambda self: self.w.flight is not None)
     @rule(choices=CHOICES)
     def commit(self, choices: list[list[int]]) -> None:
@@ -1093,14 +1098,26 @@ class AnyOrder(RuleBasedStateMachine):
                 self.w.commit(choices)
                 self.w.check()
 
+    @precondition(lambda self: self.w.live)
+    @rule(choices=CHOICES, num_steps=st.integers(1, 8))
+    def run_ahead(self, choices: list[list[int]], num_steps: int) -> None:
+        """As an engine does whose steps overlap."""
+        for _ in range(num_steps):
+            if self.w.live and not self.w.flights:
+                self.w.plan()
+            if len(self.w.flights) == 1:
+                self.w.plan_ahead()
+            if self.w.flights:
+                self.w.commit(choices)
+            self.w.check()
+
     @precondition(lambda self: self.w.flight is not None)
     @rule(num_written=st.integers(0, 30))
     def drop(self, num_written: int) -> None:
-        plan = self.w.flight
-        is_repeatable = self.w.is_undisturbed and not self.w.has_preempted
+        plan, is_repeatable = self.w.flight, self.w.is_repeatable
         self.w.drop(num_written)
         if is_repeatable:
-            assert self.w.plan() == plan
+            assert (self.w.plan_ahead() if self.w.flights else self.w.plan()) == plan
 
     @precondition(lambda self: self.w.live)
     @rule(pick=st.integers(0, 50))

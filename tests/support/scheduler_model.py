@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any
 
-from lmi_dist.plan import Chunk, Plan
+from lmi_dist.plan import PENDING, Chunk, Plan
 from lmi_dist.scheduler import Scheduler, wants_token
 from lmi_dist.sequence import Finished, Sequence
 
@@ -45,6 +46,18 @@ class KeyMemory:
         return [self.slots.get((block, slot), GARBAGE) for slot in range(self.block_size)]
 
 
+@dataclass
+class Flight:
+    """A plan in flight, and how things stood before it."""
+
+    plan: Plan
+    rows: list[tuple[Sequence, Chunk]]
+    before: dict[int, tuple[Any, ...]]  # of each live sequence
+    counts_before: tuple[int, ...]
+    is_ahead: bool
+    is_undisturbed: bool = True  # by anything but plans
+
+
 class WatchedScheduler:
     """The scheduler's verbs, each followed by its checks. `log` holds them all, so that `replay` can do the same again."""
 
@@ -59,17 +72,19 @@ class WatchedScheduler:
         self.prompt_rows: dict[int, list[int]] = {}  # positions of the prompt rows that were delivered
         self.ends: Counter[int] = Counter()
         self.num_added = 0
-        self.flight: Plan | None = None
+        self.flights: list[Flight] = []  # oldest first
         self.features: set[bytes] = set()  # of images that the ranks keep
-        self._rows: list[tuple[Sequence, Chunk]] = []
-        self._before: dict[int, tuple[Any, ...]] = {}
-        self._counts_before: tuple[int, ...] = ()
-        self.is_undisturbed = True  # since the last plan
 
     @property
-    def has_preempted(self) -> bool:
-        """Whether the plan in flight has sent anyone back."""
-        return self.scheduler.preemptions != self._counts_before[0]
+    def flight(self) -> Plan | None:
+        """The newest plan in flight."""
+        return self.flights[-1].plan if self.flights else None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the newest plan would be made again after it was dropped: nothing came between, and it sent nobody back."""
+        newest = self.flights[-1]
+        return newest.is_undisturbed and self.scheduler.preemptions == newest.counts_before[0]
 
     # ---- verbs ----
 
@@ -81,7 +96,7 @@ class WatchedScheduler:
         self.texts[sequence.id] = list(sequence.token_ids)
         self.prompt_rows[sequence.id] = []
         self.num_added += 1
-        self.is_undisturbed = False
+        self._disturb()
         return sequence
 
     def finish(self, sequence_id: int) -> None:
@@ -89,53 +104,67 @@ class WatchedScheduler:
         self.scheduler.finish(sequence_id)
         if sequence_id in self.live:
             self._ended(sequence_id)
-            self.is_undisturbed = False
+            self._disturb()
 
     def plan(self) -> Plan:
-        self.log.append(("plan", None))
-        self._before = {id: _standing(sequence) for id, sequence in self.live.items()}
-        self._counts_before = self._counts()
-        plan = self.scheduler.plan()
+        return self._plan(is_ahead=False)
+
+    def plan_ahead(self) -> Plan:
+        return self._plan(is_ahead=True)
+
+    def _plan(self, *, is_ahead: bool) -> Plan:
+        self.log.append(("plan_ahead" if is_ahead else "plan", None))
+        before = {id: _standing(sequence) for id, sequence in self.live.items()}
+        counts = self._counts()
+        plan = self.scheduler.plan_ahead() if is_ahead else self.scheduler.plan()
         self.plans.append(plan)
-        assert plan.is_empty == (not self.live)
         if not plan.is_empty:
-            self.flight = plan
-            self.is_undisturbed = True
-            self._rows = [(self.live[chunk.sequence], chunk) for chunk in plan.rows]
-            self._check_plan(plan)
+            rows = [(self.live[chunk.sequence], chunk) for chunk in plan.rows]
+            self.flights.append(Flight(plan, rows, before, counts, is_ahead))
+            self._check_plan(self.flights[-1])
+        elif is_ahead:
+            self._check_standstill(before)
+        else:
+            assert not self.live
         return plan
 
     def commit(self, choices: Items[Items[int]]) -> list[Finished]:
-        """`choices` are handed out round robin as the sampled tokens."""
+        """`choices` are handed out round robin as the sampled tokens; only the first of each where another step is planned."""
         self.log.append(("commit", choices))
-        plan, self.flight = self.flight, None
-        assert plan is not None
-        owners = {chunk.sequence: sequence for sequence, chunk in self._rows}
+        flight = self.flights.pop(0)
+        plan, most = flight.plan, 1 if self.flights else None
+        owners = {chunk.sequence: sequence for sequence, chunk in flight.rows}
         self._keep_features(plan)
         for encode in plan.encodes:
             if encode.image is not None:
                 self.features.add(encode.image.digest)
             self.memory.slots.update(self.memory.encoded(owners[encode.sequence], encode.table))
-        for sequence, chunk in self._rows:
+        for sequence, chunk in flight.rows:
             self._run(sequence, chunk)
-        sampled = [chunk.sequence for _, chunk in self._rows if wants_token(chunk)]
-        tokens = {id: list(choices[index % len(choices)]) for index, id in enumerate(sampled)}
-        alive = [(s, c) for s, c in self._rows if self.live.get(s.id) is s]
+        sampled = [chunk.sequence for _, chunk in flight.rows if wants_token(chunk)]
+        tokens = {id: list(choices[index % len(choices)])[:most] for index, id in enumerate(sampled)}
+        alive = [(s, c) for s, c in flight.rows if self.live.get(s.id) is s]
+        self._disturb()
         finished = self.scheduler.commit(plan, tokens)
         self._check_commit(alive, tokens, finished)
         return finished
 
     def drop(self, num_written: int) -> None:
-        """The forward fails after it wrote garbage for so many tokens."""
+        """The forward of the newest plan fails after it wrote garbage for so many tokens."""
         self.log.append(("drop", num_written))
-        plan, self.flight = self.flight, None
-        assert plan is not None
+        flight = self.flights.pop()
+        plan = flight.plan
         places = [(block, slot) for encode in plan.encodes for block in encode.table for slot in range(self.memory.block_size)]
         places += [self.memory.slot(c, c.start + i) for c in plan.rows for i in range(len(c.token_ids))]
         self.memory.slots.update(dict.fromkeys(places[:num_written], GARBAGE))
-        self._keep_features(plan)
+        if not flight.is_ahead:
+            self._keep_features(plan)
         self.scheduler.drop(plan)
-        self._check_drop()
+        self._check_drop(flight)
+
+    def _disturb(self) -> None:
+        for flight in self.flights:
+            flight.is_undisturbed = False
 
     def _keep_features(self, plan: Plan) -> None:
         assert self.features >= set(plan.features)
@@ -147,15 +176,15 @@ class WatchedScheduler:
         for verb, argument in self.log:
             if verb == "add":
                 other.add(**argument)
-            elif verb == "plan":
-                other.plan()
+            elif argument is None:
+                getattr(other, verb)()
             else:
                 getattr(other, verb)(argument)
         return other.plans
 
     def drain(self, choices: Items[Items[int]] = ((7,),)) -> None:
         """Run until nothing is left, within a number of steps that only the work itself sets."""
-        if self.flight is not None:
+        while self.flights:
             self.commit(choices)
         longest = max((s.prompt_length + s.max_tokens for s in self.live.values()), default=0)
         most_steps = 2 * longest * len(self.live)
@@ -200,33 +229,48 @@ class WatchedScheduler:
         assert len(set(findable)) == len(findable)
         assert self.settings["prefix_caching"] or not findable
 
-    def _check_plan(self, plan: Plan) -> None:
+    def _check_plan(self, flight: Flight) -> None:
+        plan = flight.plan
         assert len({chunk.sequence for chunk in plan.rows}) == len(plan.rows)
-        assert plan.step == self.scheduler.num_steps
-        self._check_victims()
-        self._check_queue()
-        decoding = {s.id for s in self.live.values() if s.state == "running" and s.num_computed >= s.prefill_end}
-        assert {chunk.sequence for chunk in plan.decodes} == decoding
+        assert plan.step == self.scheduler.num_steps + len(self.flights) - 1
+        self._check_victims(flight)
+        self._check_queue(flight)
+        assert {chunk.sequence for chunk in plan.decodes} == self._that_decode(flight.before)
         assert all(len(chunk.token_ids) == chunk.num_outputs == 1 for chunk in plan.decodes)
         budget = self.settings["max_prefill_tokens"]
         budget = min(budget, self.settings["prefill_chunk_tokens"]) if plan.decodes else budget
         sizes = [len(chunk.token_ids) for chunk in plan.chunks]
         assert 0 not in sizes
         assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
-        asked = [c.num_outputs for s, c in self._rows if s.wants_prompt_logits and s.num_prompt_rows < s.prompt_length]
-        assert sum(asked) <= self.scheduler.max_prompt_rows
-        self._check_encodes(plan, budget)
+        scored = [(s, c) for s, c in flight.rows if s.wants_prompt_logits and max(s.num_prompt_rows, c.start) < s.prompt_length]
+        assert sum(chunk.num_outputs for _, chunk in scored) <= self.scheduler.max_prompt_rows
+        self._check_encodes(flight, budget)
         written = [self.memory.slot(c, c.start + i)[0] for c in plan.rows for i in range(len(c.token_ids))]
         written += [block for encode in plan.encodes for block in encode.table]
         assert all(self.scheduler.pool.references(b) == 1 and not self.scheduler.pool.is_findable(b) for b in written)
-        for sequence, chunk in self._rows:
+        for sequence, chunk in flight.rows:
             self._check_chunk(sequence, chunk)
 
-    def _check_encodes(self, plan: Plan, budget: int) -> None:
+    def _that_decode(self, before: dict[int, tuple[Any, ...]]) -> set[int]:
+        """Who has no prompt left to run, but for those whose last token is on its way."""
+        running = [s for s in self.live.values() if s.state == before[s.id][0] == "running" and before[s.id][2] >= s.prefill_end]
+        return {s.id for s in running if before[s.id][2] < len(s.token_ids) or s.num_generated + 1 < s.max_tokens}
+
+    def _check_standstill(self, before: dict[int, tuple[Any, ...]]) -> None:
+        """Nothing is planned ahead only where encoders run, blocks lack, or those who run have nothing to run."""
+        pool = self.scheduler.pool
+        decoding = self._that_decode(before)
+        ends = {s.id: s.num_scheduled + (s.id in decoding) for s in self.live.values() if s.state == "running"}
+        lacking = sum(max(0, pool.blocks_for(end) - len(self.live[id].table)) for id, end in ends.items())
+        has_prompt = any(s.num_scheduled < s.prefill_end for s in self.live.values())
+        assert self.flights[0].plan.encodes or lacking > pool.num_available or not (decoding or has_prompt)
+
+    def _check_encodes(self, flight: Flight, budget: int) -> None:
         """Whole inputs, each of a sequence that comes in, in order and within a budget of their own."""
+        plan = flight.plan
         texts = [(self.live[encode.sequence], encode) for encode in plan.encodes if encode.image is None]
         images = [encode.image for encode in plan.encodes if encode.image is not None]
-        assert all(self._before[s.id][0] == "waiting" and s.state == "running" for s, _ in texts)
+        assert all(flight.before[s.id][0] == "waiting" and s.state == "running" for s, _ in texts)
         assert [(e.token_ids, e.table) for _, e in texts] == [(s.encoder_ids, s.cross_table) for s, _ in texts]
         assert len({*plan.features, *(image.digest for image in images)}) == len(plan.features) + len(images)
         owners = {encode.sequence for encode in plan.encodes}
@@ -234,30 +278,32 @@ class WatchedScheduler:
         assert total <= budget or len(plan.encodes) == 1 or (not self.settings["chunked_prefill"] and len(owners) == 1)
         assert owners <= {chunk.sequence for chunk in plan.chunks}
 
-    def _check_victims(self) -> None:
-        """Who was sent back is younger than all that ran before and still do, and nobody came in for it."""
-        ran = [s for id, s in self.live.items() if self._before[id][0] == "running"]
+    def _check_victims(self, flight: Flight) -> None:
+        """Who was sent back is younger than all that ran before and still do, and nobody came in for it. For a plan ahead nobody
+        is."""
+        ran = [s for id, s in self.live.items() if flight.before[id][0] == "running"]
         victims = [s.arrival for s in ran if s.state == "waiting"]
         stayed = [s.arrival for s in ran if s.state == "running"]
         if victims:
+            assert not flight.is_ahead
             assert min(victims) > max(stayed)
             assert self.scheduler.num_running == len(stayed)
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, flight: Flight) -> None:
         """Who came in passed nobody but siblings that wait for their leader."""
-        came_in = [s.arrival for id, s in self.live.items() if self._before[id][0] == "waiting" and s.state == "running"]
+        came_in = [s.arrival for id, s in self.live.items() if flight.before[id][0] == "waiting" and s.state == "running"]
         passed = [s for s in self.live.values() if s.state == "waiting" and came_in and s.arrival < max(came_in)]
         assert all(s.leading and s.leading.num_computed < s.leading.prompt_length for s in passed)
 
     def _check_chunk(self, sequence: Sequence, chunk: Chunk) -> None:
         end = chunk.start + len(chunk.token_ids)
-        is_whole = end == len(sequence.token_ids)
-        assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end]
+        is_whole = end >= len(sequence.token_ids)
+        assert list(chunk.token_ids) == (sequence.token_ids[chunk.start : end] or [PENDING])
         assert (chunk.prompt_length, chunk.adapter) == (sequence.prompt_length, sequence.adapter)
         assert (chunk.cross_table, chunk.cross_length) == (sequence.cross_table, len(sequence.encoder_ids))
         shown = {span.start + i: (span.digest, span.first_row + i) for span in chunk.spans for i in range(span.num_rows)}
         contents = dict(enumerate(_contents(sequence)))
-        assert shown == {p: contents[p] for p in range(chunk.start, end) if not isinstance(contents[p], int)}
+        assert shown == {p: contents[p] for p in range(chunk.start, end) if not isinstance(contents.get(p, PENDING), int)}
         assert end <= len(chunk.table) * self.memory.block_size
         assert wants_token(chunk) == is_whole
         assert is_whole or self.settings["chunked_prefill"] or sequence.wants_prompt_logits
@@ -271,13 +317,18 @@ class WatchedScheduler:
 
     def _num_passed(self, sequence: Sequence) -> int:
         """Blocks that it must have given back: those before the next token's window, once a plan of it was committed."""
-        is_new = self.flight is not None and self._before[sequence.id][0] == "waiting"
+        is_new = any(flight.before.get(sequence.id, ("",))[0] == "waiting" for flight in self.flights)
         return 0 if is_new else self._first_seen(sequence.num_computed) // self.memory.block_size
 
     def _run(self, sequence: Sequence, chunk: Chunk) -> None:
-        """The forward of one chunk: all keys before it must be its own text's."""
+        """The forward of one chunk: all keys before it must be its own text's. If the sequence has ended, nobody looks at what
+        comes out, and its last token may be any."""
         end = chunk.start + len(chunk.token_ids)
         texts = self.memory.texts(sequence, end)
+        if self.live.get(sequence.id) is not sequence:
+            texts += [GARBAGE] * (end - len(texts))
+            self.memory.slots.update({self.memory.slot(chunk, position): texts[position] for position in range(chunk.start, end)})
+            return
         assert self.features >= {span.digest for span in chunk.spans}
         first = self._first_seen(chunk.start)
         held = [self.memory.slots.get(self.memory.slot(chunk, position)) for position in range(first, chunk.start)]
@@ -311,13 +362,13 @@ class WatchedScheduler:
         if sequence.wants_prompt_logits:
             assert self.prompt_rows[sequence.id] == list(range(sequence.prompt_length))
 
-    def _check_drop(self) -> None:
+    def _check_drop(self, flight: Flight) -> None:
         """Everyone stands where it stood before the plan, but for those that were preempted for it."""
-        if self.is_undisturbed and not self.has_preempted:
-            assert self._counts() == self._counts_before
+        if flight.is_undisturbed and self.scheduler.preemptions == flight.counts_before[0]:
+            assert self._counts() == flight.counts_before
         for id, sequence in self.live.items():
-            before = self._before.get(id)
-            if before is not None and before[0] == sequence.state and self.is_undisturbed:
+            before = flight.before.get(id)
+            if before is not None and before[0] == sequence.state and flight.is_undisturbed:
                 assert _standing(sequence) == before
 
     def _counts(self) -> tuple[int, ...]:
