@@ -113,10 +113,9 @@ class Candidate:
         self.stream = self.job.stream()
 
     def take(self, choice: Choice, ended: Finished | None) -> Output:
-        """The next token, and how the scheduler has ended the sequence with it, if it has."""
+        """The next token, which its draws know already, and how the scheduler has ended the sequence with it, if it has."""
         self.num_generated += 1
         self.cumulative_logprob += choice.logprob or 0.0
-        self.draws.record(choice.id)
         token = self.job.token(choice if self.job.params.logprobs is not None else Choice(choice.id))
         is_stop = ended is not None and ended.reason == "eos_token"
         tokens = (*self.stream.flush(), token) if is_stop else self.stream.push(token)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from lmi_dist.config import BLOCK_SIZE
 from lmi_dist.kv_cache import KVCache
-from lmi_dist.plan import Chunk, Encode, Plan
+from lmi_dist.plan import PENDING, Chunk, Encode, Plan
+from lmi_dist.staging import to_device
 
 Ints = NDArray[np.int32]
-ALIGN = 64  # ints, as torch aligns what it allocates: our kernels look at 16 bytes at once
 
 
 class Rope(NamedTuple):
@@ -23,6 +23,30 @@ class Rope(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
     rows: torch.Tensor  # int32 [T]
+
+
+class Chosen(NamedTuple):
+    """Tokens that the step before chooses, where they are: on the device. ids: int32 [R]; rows: which is whose, by sequence."""
+
+    ids: torch.Tensor
+    rows: Mapping[int, int]
+
+    def sources(self, chunks: Sequence[Chunk], first_tokens: Sequence[int] | NDArray[np.int_], ids: Ints) -> Ints | None:
+        """Where each token's id stands in self.ids followed by `ids`, if any is PENDING. first_tokens: of each chunk, among `ids`;
+        ids: [T]. Returns [T]."""
+        pending = [
+            (first, self.rows[c.sequence]) for c, first in zip(chunks, first_tokens, strict=True) if c.token_ids[0] == PENDING
+        ]
+        if not pending:
+            return None
+        sources = np.arange(len(self.ids), len(self.ids) + len(ids), dtype=np.int32)
+        places, rows = np.array(pending, np.int32).T
+        sources[places] = rows
+        return sources
+
+    def fill(self, ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """ids: int32 [T] with all that were PENDING in their places."""
+        return torch.cat((self.ids, ids)).index_select(0, sources)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +70,12 @@ class ForwardBatch:
     rope: Rope | None = None  # filled in by the model's rotary embedding
 
 
-def build(plan: Plan, cache: KVCache, features: Mapping[bytes, torch.Tensor] | None = None) -> ForwardBatch:
-    """The tensors of a plan's decodes and chunks, in that order. `features`: those of its images [tokens,E], by digest."""
-    batch = _build(plan.rows, cache)
+def build(
+    plan: Plan, cache: KVCache, features: Mapping[bytes, torch.Tensor] | None = None, chosen: Chosen | None = None
+) -> ForwardBatch:
+    """The tensors of a plan's decodes and chunks, in that order. `features`: those of its images [tokens,E], by digest. `chosen`:
+    where its PENDING tokens are."""
+    batch = _build(plan.rows, cache, chosen)
     return replace(batch, images=_images(plan.rows, features)) if features else batch
 
 
@@ -57,7 +84,7 @@ def build_encoder(encodes: Sequence[Encode], cache: KVCache) -> ForwardBatch:
     return _build([Chunk(e.sequence, e.token_ids, 0, e.table, len(e.token_ids), 0) for e in encodes], cache)
 
 
-def _build(chunks: Sequence[Chunk], cache: KVCache) -> ForwardBatch:
+def _build(chunks: Sequence[Chunk], cache: KVCache, chosen: Chosen | None = None) -> ForwardBatch:
     lengths = _ints([len(chunk.token_ids) for chunk in chunks])
     starts = np.concatenate(([0], np.cumsum(lengths)))
     tables = _tables([chunk.table for chunk in chunks])
@@ -81,22 +108,13 @@ def _build(chunks: Sequence[Chunk], cache: KVCache) -> ForwardBatch:
     adapters = _ints([chunk.adapter for chunk in chunks])
     if (adapters >= 0).any():
         arrays["adapters"] = adapters[owners]
-    return ForwardBatch(cache=cache, **cast(dict[str, Any], to_device(arrays, cache.device)))
-
-
-def to_device(arrays: Mapping[str, NDArray[np.int_] | Ints], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays as int32 tensors on the device. To a GPU they go in one copy, from pinned memory, which does not wait for it."""
-    ints = {name: array.astype(np.int32, copy=False) for name, array in arrays.items()}
-    if device.type == "cpu":
-        return {name: torch.from_numpy(array) for name, array in ints.items()}
-    *starts, num_ints = accumulate((-(-array.size // ALIGN) * ALIGN for array in ints.values()), initial=0)
-    staged = torch.empty(num_ints, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-    for start, array in zip(starts, ints.values(), strict=True):
-        staged[start : start + array.size] = torch.from_numpy(array.reshape(-1))
-    there = staged.to(device, non_blocking=True)
-    return {
-        name: there[start : start + array.size].view(array.shape) for start, (name, array) in zip(starts, ints.items(), strict=True)
-    }
+    sources = None if chosen is None else chosen.sources(chunks, starts[:-1], arrays["ids"])
+    if sources is not None:
+        arrays["sources"] = sources
+    there = to_device({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, cache.device)
+    if chosen is not None and sources is not None:
+        there["ids"] = chosen.fill(there["ids"], there.pop("sources"))
+    return ForwardBatch(cache=cache, **cast(dict[str, Any], there))
 
 
 def _tables(rows: Sequence[tuple[int, ...]]) -> Ints:

@@ -10,24 +10,27 @@ import numpy as np
 import torch
 
 from lmi_dist import ops
-from lmi_dist.batch import ForwardBatch
+from lmi_dist.batch import Chosen, ForwardBatch
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
+from lmi_dist.device import Device
 from lmi_dist.kv_cache import KVCache
 from lmi_dist.plan import Chunk
+from lmi_dist.staging import pinned
 
 MAX_SEQUENCES = 64  # in a recorded step on a CPU: a larger one takes so long that Python's part is small
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of CUDA graphs, each of which takes time to capture and memory
 
-COLUMNS = ("ids", "positions", "rope_lengths", "slots", "key_lengths", "cross_lengths")
-PADDING = (0, 0, 1, -1, 0, 0)
+COLUMNS = ("ids", "positions", "rope_lengths", "slots", "key_lengths", "cross_lengths", "sources")
+PADDING = (0, 0, 1, -1, 0, 0, 0)
 
 
-def recorded_sizes(config: EngineConfig) -> Sequence[int]:
-    """Numbers of sequences whose decode steps are recorded on the column in use, ascending; none if all steps run from Python."""
+def recorded_sizes(config: EngineConfig, device: Device) -> Sequence[int]:
+    """Numbers of sequences whose decode steps are recorded on this device with the column in use, ascending; none if all steps run
+    from Python."""
     chosen = ops.chosen()
     if config.enforce_eager or chosen.name == "torch":  # which has no calls to record
         return ()
-    if chosen.name != "cuda":
+    if device.type == "cpu":
         if chosen.takes_torchs_product:  # which only a CUDA graph records
             return ()
         return range(1, min(config.max_batch_size, MAX_SEQUENCES) + 1)
@@ -46,13 +49,12 @@ class DecodeBatch:
     def __init__(self, max_size: int, max_blocks: int, cache: KVCache, *, has_cross: bool) -> None:
         width = 2 * max_blocks if has_cross else max_blocks
         self._cache, self._has_cross, self._max_blocks = cache, has_cross, max_blocks
-        device = cache.layers[0].k.device
-        self._here = torch.full((max_size * (len(COLUMNS) + width),), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._there = self._here.to(device)  # itself on a CPU
+        self._here = torch.full((max_size * (len(COLUMNS) + width),), -1, dtype=torch.int32)
+        self._there = self._here.to(cache.device)  # itself on a CPU
         self._num_columns, self._shape = max_size * len(COLUMNS), (max_size, width)
         self._columns, self._tables = (part.numpy() for part in self._parts(self._here))
         self._written: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())] * max_size  # what each row of tables holds
-        self._counting = torch.arange(max_size + 1, dtype=torch.int32, device=device)
+        self._counting = torch.arange(max_size + 1, dtype=torch.int32, device=cache.device)
 
     def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns, a row each, and the tables, a row a sequence."""
@@ -64,6 +66,7 @@ class DecodeBatch:
         parts = self._parts(self._there)
         columns, tables = dict(zip(COLUMNS, parts[0][:, :size], strict=True)), parts[1][:size]
         lengths = columns.pop("cross_lengths")
+        del columns["sources"]
         return ForwardBatch(
             **columns,
             starts=self._counting[: size + 1],
@@ -74,9 +77,9 @@ class DecodeBatch:
             cache=self._cache,
         )
 
-    def fill(self, chunks: Sequence[Chunk], size: int) -> None:
-        """Write a step's decodes, and padding up to `size` rows. A device gets them in its stream's order; the next step's may be
-        written when this one's results have come back."""
+    def fill(self, chunks: Sequence[Chunk], size: int, chosen: Chosen | None = None) -> None:
+        """Write a step's decodes, and padding up to `size` rows. `chosen`: where its PENDING tokens are. A device gets all of it in
+        its stream's order, behind the steps before; the next may be written at once."""
         num = len(chunks)
         for row, chunk in enumerate(chunks):
             if self._written[row] != (chunk.table, chunk.cross_table):
@@ -87,9 +90,23 @@ class DecodeBatch:
         blocks = self._tables[np.arange(num), positions // BLOCK_SIZE]
         lengths = positions + 1
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        self._columns[:, :num] = ids, positions, np.maximum(prompt_lengths, lengths), slots, lengths, cross_lengths
-        if self._there is not self._here:
-            self._there.copy_(self._here, non_blocking=True)
+        self._columns[:-1, :num] = ids, positions, np.maximum(prompt_lengths, lengths), slots, lengths, cross_lengths
+        sources = None if chosen is None else chosen.sources(chunks, range(num), ids)
+        if sources is not None:
+            self._columns[-1, :num] = sources
+        self._bring(size)
+        if chosen is not None and sources is not None:
+            there = self._parts(self._there)[0]
+            there[0, :num] = chosen.fill(there[0, :num], there[-1, :num])
+
+    def _bring(self, size: int) -> None:
+        """The columns, and the tables of `size` rows, to the device, by way of memory that stays as it is until they are there."""
+        if self._there is self._here:
+            return
+        used = self._num_columns + size * self._shape[1]
+        staged = pinned(used, torch.int32, self._cache.device)
+        staged.copy_(self._here[:used])
+        self._there[:used].copy_(staged, non_blocking=True)
 
     def _write_tables(self, row: int, chunk: Chunk) -> None:
         for begin, table in ((0, chunk.table), (self._max_blocks, chunk.cross_table if self._has_cross else ())):

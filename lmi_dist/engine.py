@@ -9,25 +9,26 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from torch import Tensor
 
 from lmi_dist.admission import Admission
 from lmi_dist.answers import Candidate, Job
+from lmi_dist.batch import Chosen
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import DeviceError, LostRankError, OverloadedError, RankError, RequestError, StepError
 from lmi_dist.fitting import before_fitting, fit_pool, is_measured, largest_plan
+from lmi_dist.flight import Flight
 from lmi_dist.images import ImageReader, VisionConfig
 from lmi_dist.link import Link
 from lmi_dist.meeting import connect
 from lmi_dist.parallel import Ranks
-from lmi_dist.plan import Chunk, Plan
+from lmi_dist.plan import Plan
 from lmi_dist.request import FinishReason, Output, Request
 from lmi_dist.runner import Runner
-from lmi_dist.sampler import Choice, Row, Sampler
-from lmi_dist.scheduler import Scheduler, wants_token
+from lmi_dist.sampler import Sampler
+from lmi_dist.scheduler import Scheduler
 from lmi_dist.sequence import Sequence
 from lmi_dist.setup import Explanation, explain, load_tokenizer
 from lmi_dist.text import TextDecoder
@@ -65,13 +66,17 @@ class Engine:
     `explain` raises, CheckpointError if tokenizer or weights cannot be read, and what a Follower raises.
     """
 
-    def __init__(self, config: EngineConfig, link: Link | None = None) -> None:
+    def __init__(self, config: EngineConfig, link: Link | None = None, *, overlap: bool | None = None) -> None:
+        """overlap: whether a step is given to the device before the last one's tokens are known; None: on a GPU, if it is one alone
+        (other ranks learn of tokens from the plan)."""
         self._link = link or connect(config.tensor_parallel_degree, Ranks())
         with self._link.together():
             setup = self._load(config)
         if is_measured(setup):
             with self._link.together(), setup.device.judging():
                 self._fit(setup)
+        self._overlaps = setup.device.type == "cuda" and self._link.ranks.size == 1 if overlap is None else overlap
+        self._flight: Flight | None = None  # the step that the device runs between two calls
         self._sampler = Sampler()
         self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
         self._jobs: dict[str, Job] = {}
@@ -137,25 +142,30 @@ class Engine:
             self._start(candidate)
 
     def step(self) -> list[Output]:
-        """One forward of what is due. A failed one ends the requests that were in it with StepError (LostRankError: all
-        that come are going to fail); the others go on.
-        Raises DeviceError when the GPU is lost: this process must end, and another can begin."""
+        """What one forward comes to. Where steps overlap, the next one is planned and given to the device before this one's tokens
+        are waited for; a sequence that they end runs in it for nothing, and nobody sees what comes out.
+        A failed one ends the requests that were in it with StepError (LostRankError: all that come are going to fail); the others
+        go on. Raises DeviceError when the GPU is lost: this process must end, and another can begin."""
         started = time.perf_counter()
-        plan = self._scheduler.plan()
-        if plan.is_empty:
-            return []
-        self._note_begun(plan, started)
-        outputs: list[Output] = []
+        flight, self._flight = self._flight, None
+        if flight is None or not self._is_wanted(flight):
+            flight = self._begin(flight, started)
+            if flight is None:
+                return []
+        ahead = self._go_ahead(flight, started)
         try:
-            self._link.publish(plan)
-            logits = self._runner.forward(plan)
-            outputs += self._end_broken(plan, logits)
-            choices = self._choose(plan, logits)
+            choices, broken = flight.wait()
         except Exception as error:
-            return outputs + self._fail(plan, error)
+            return self._fail(flight, ahead, error)
+        outputs = [output for job in broken for output in self._end(job, "error", _broken(flight.plan))]
         self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if outputs and not choices else 0
-        finished = self._scheduler.commit(plan, {candidate.sequence_id: (choice.id,) for candidate, choice in choices})
+        finished = self._scheduler.commit(flight.plan, {candidate.sequence_id: (choice.id,) for candidate, choice in choices})
         ended = {end.sequence_id: end for end in finished}
+        for candidate, choice in choices:
+            candidate.draws.record(choice.id)
+        if ahead is not None:
+            ahead.draw(self._sampler, self._candidates, ended)
+            self._flight = ahead
         for candidate, choice in choices:
             outputs += self._send(candidate, candidate.take(choice, ended.get(candidate.sequence_id)))
         self._num_generated_tokens += len(choices)
@@ -171,6 +181,7 @@ class Engine:
         """Abort everything and forget all cached prefixes. Returns the last outputs of what was aborted."""
         outputs = [output for job in list(self._jobs.values()) for output in self._abort(job)]
         self._scheduler.reset()
+        self._flight = None
         return outputs
 
     # ---- around them ----
@@ -262,41 +273,36 @@ class Engine:
         self._num_aborted += 1
         return self._end(job, "abort")
 
-    def _end_broken(self, plan: Plan, logits: Tensor) -> list[Output]:
-        """A request whose logits leave nothing to choose (NaN, all minus infinity) ends alone; or a kernel refuses the batch."""
-        is_good = (logits.amax(dim=1) > -inf).tolist() if len(logits) else []
-        if all(is_good):
-            return []
-        owners = [self._candidates[chunk.sequence].job for chunk in plan.rows for _ in range(chunk.num_outputs)]
-        jobs = dict.fromkeys(job for job, good in zip(owners, is_good, strict=True) if not good)
-        error = StepError(f"step {plan.step} failed for this request: the model's logits are not numbers")
-        return [output for job in jobs for output in self._end(job, "error", error)]
+    def _begin(self, unwanted: Flight | None, now: float) -> Flight | None:
+        """A step with nothing in flight before it, but for one that nobody wants any more; None without work."""
+        if unwanted is not None:
+            self._scheduler.drop(unwanted.plan)
+        plan = self._scheduler.plan()
+        if plan.is_empty:
+            return None
+        flight = self._launch(plan, None, now)
+        flight.draw(self._sampler, self._candidates)
+        return flight
 
-    def _choose(self, plan: Plan, logits: Tensor) -> list[tuple[Candidate, Choice]]:
-        """The next token of each sequence whose chunk wants one; prompt log probabilities go to their jobs. logits: fp32 [R,V]"""
-        candidates, rows, indices = [], [], []
-        end = 0
-        for chunk in plan.rows:
-            start, end = end, end + chunk.num_outputs
-            candidate = self._candidates.get(chunk.sequence)
-            if candidate is None:  # its logits were broken
-                continue
-            self._score_prompt(candidate.job, chunk, logits[start:end])
-            if wants_token(chunk):
-                candidates.append(candidate)
-                rows.append(Row(candidate.draws, chunk.start + len(chunk.token_ids)))
-                indices.append(end - 1)
-        wanted = logits if len(indices) == len(logits) else logits[indices]
-        return list(zip(candidates, self._sampler.sample(wanted, rows), strict=True))
+    def _go_ahead(self, flight: Flight, now: float) -> Flight | None:
+        """The forward behind the one in flight, without its draws: those look at what the tokens before them have been."""
+        if not self._overlaps or flight.error is not None:
+            return None
+        plan = self._scheduler.plan_ahead()
+        return None if plan.is_empty else self._launch(plan, flight.chosen, now)
 
-    def _score_prompt(self, job: Job, chunk: Chunk, logits: Tensor) -> None:
-        """The chunk's rows tell about the tokens behind theirs; score those that are in the prompt. logits: [num_outputs,V]"""
-        if job.params.prompt_logprobs is None or not chunk.num_outputs:
-            return
-        first = chunk.start + len(chunk.token_ids) - chunk.num_outputs + 1
-        ids = job.prompt_ids[first : first + chunk.num_outputs]
-        if ids:
-            job.prompt_choices += self._sampler.score(logits[: len(ids)], ids, [job.params.prompt_logprobs] * len(ids))
+    def _launch(self, plan: Plan, chosen: Chosen | None, now: float) -> Flight:
+        self._note_begun(plan, now)
+        flight = Flight(plan)
+        flight.launch(lambda: self._forward(plan, chosen))
+        return flight
+
+    def _forward(self, plan: Plan, chosen: Chosen | None) -> Tensor:
+        self._link.publish(plan)
+        return self._runner.forward(plan, chosen)
+
+    def _is_wanted(self, flight: Flight) -> bool:
+        return any(chunk.sequence in self._candidates for chunk in flight.plan.rows)
 
     def _send(self, candidate: Candidate, output: Output) -> list[Output]:
         """What of an output may be sent now. If it is the candidate's last, its blocks are given back and it is forgotten."""
@@ -312,12 +318,15 @@ class Engine:
         running = [candidate for candidate in job.candidates if not candidate.is_finished]
         return [output for candidate in running for output in self._send(candidate, candidate.end(reason, error))]
 
-    def _fail(self, plan: Plan, cause: Exception) -> list[Output]:
-        """Undo the plan and end every request that had a part in it. Raises DeviceError if no step can work any more."""
-        cause = self._runner.device.judge(cause)
+    def _fail(self, flight: Flight, ahead: Flight | None, cause: Exception) -> list[Output]:
+        """Undo the flight's plan and end every request that had a part in it; what was planned behind it is planned again. Raises
+        DeviceError if no step can work any more."""
+        plan, cause = flight.plan, self._runner.device.judge(cause)
         if isinstance(cause, DeviceError):
             raise cause
         logger.error("step %d failed; its requests end, the others go on", plan.step, exc_info=cause)
+        if ahead is not None:
+            self._scheduler.drop(ahead.plan)
         self._scheduler.drop(plan)
         self._num_failed_steps += 1
         self._num_failed_in_a_row += 1
@@ -326,6 +335,10 @@ class Engine:
         error.__cause__ = cause
         jobs = dict.fromkeys(self._candidates[chunk.sequence].job for chunk in plan.rows if chunk.sequence in self._candidates)
         return [output for job in jobs for output in self._end(job, "error", error)]
+
+
+def _broken(plan: Plan) -> StepError:
+    return StepError(f"step {plan.step} failed for this request: the model's logits are not numbers")
 
 
 def _scheduler(config: EngineConfig, num_blocks: int, window: int) -> Scheduler:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
+from lmi_dist.batch import Chosen
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from lmi_dist.decode_batch import DecodeBatch, is_decode, recorded_sizes
+from lmi_dist.device import Device
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.models import Model
-from lmi_dist.ops import Arena, GraphPool, Replayable, chosen
+from lmi_dist.ops import Arena, GraphPool, Replayable
 from lmi_dist.plan import Chunk
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,12 @@ class RecordedDecodes:
     def sizes_recorded(self) -> list[int]:
         return sorted(self._recordings)
 
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def forward(self, chunks: Sequence[Chunk], chosen: Chosen | None = None) -> torch.Tensor | None:
         """Logits as of Runner.forward, good until the next call; None if the plain forward is to run."""
         if self.obstacle or not 0 < len(chunks) <= self._sizes[-1] or not is_decode(chunks):
             return None
         size = self._sizes[bisect_left(self._sizes, len(chunks))]
-        self._header.fill(chunks, size)
+        self._header.fill(chunks, size, chosen)
         recording = self._recordings.get(size)
         if recording is None:
             return self._record(size)[: len(chunks)]
@@ -56,11 +58,11 @@ class RecordedDecodes:
 
 
 def recorded_decodes(
-    model: Model, cache: KVCache, config: EngineConfig, facts: ModelConfig, memory: MemoryPlan
+    model: Model, cache: KVCache, config: EngineConfig, facts: ModelConfig, memory: MemoryPlan, device: Device
 ) -> RecordedDecodes | None:
-    """Those of a runner's model, on the column in use; None where none are recorded."""
-    sizes = recorded_sizes(config)
+    """Those of a runner's model, on its device and the column in use; None where none are recorded."""
+    sizes = recorded_sizes(config, device)
     if not sizes:
         return None
     header = DecodeBatch(sizes[-1], -(-memory.max_model_len // BLOCK_SIZE), cache, has_cross=facts.is_encoder_decoder)
-    return RecordedDecodes(model, header, sizes, GraphPool() if chosen().name == "cuda" else Arena(sizes[-1]))
+    return RecordedDecodes(model, header, sizes, GraphPool() if device.type == "cuda" else Arena(sizes[-1]))

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from lmi_dist import ops, quant
-from lmi_dist.batch import build, build_encoder
+from lmi_dist.batch import Chosen, build, build_encoder
 from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.device import CPU, Device
 from lmi_dist.kv_cache import KVCache, MemoryPlan
@@ -18,7 +18,7 @@ from lmi_dist.link import Link
 from lmi_dist.models import EncoderDecoder, Model, VisionModel, model_class
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import Plan
-from lmi_dist.recorded import RecordedDecodes, recorded_decodes
+from lmi_dist.recorded import recorded_decodes
 from lmi_dist.weights import Checkpoint, Inventory, Progress, Weights
 
 logger = logging.getLogger(__name__)
@@ -56,18 +56,17 @@ class Runner:
         """Take a pool of memory.num_blocks blocks in place of the one there is."""
         vars(self).pop("cache", None)  # the old one goes first
         self.cache = KVCache(memory, *self._cache_shape, self.device.place)
-        self.decodes: RecordedDecodes | None = None
-        if self.device.type == "cpu" or ops.chosen().name == "cuda":
-            self.decodes = recorded_decodes(self.model, self.cache, *self._settings, memory)
+        self.decodes = recorded_decodes(self.model, self.cache, *self._settings, memory, self.device)
 
     @torch.inference_mode()
-    def forward(self, plan: Plan) -> torch.Tensor:
-        """fp32 logits [R,V] on rank 0: of each of plan.rows in order the last `num_outputs` tokens. Keys and values go to the
-        cache. If it fails, it fails on all ranks, on the others with RankError."""
+    def forward(self, plan: Plan, chosen: Chosen | None = None) -> torch.Tensor:
+        """fp32 logits [R,V] on rank 0, good until the next forward: of each of plan.rows in order the last `num_outputs` tokens.
+        Keys and values go to the cache. `chosen`: where the plan's PENDING tokens are; a GPU has not chosen them yet when this
+        returns, nor run anything else. If it fails, it fails on all ranks, on the others with RankError."""
         try:
             self._encode(plan)
-            logits = None if self.decodes is None else self.decodes.forward(plan.rows)
-            return logits if logits is not None else self.model(build(plan, self.cache, self._features))
+            logits = None if self.decodes is None else self.decodes.forward(plan.rows, chosen)
+            return logits if logits is not None else self.model(build(plan, self.cache, self._features, chosen))
         except Exception as error:
             self._link.drop(error)
             raise

@@ -3,18 +3,25 @@
 Random numbers are a counter-based function of (the candidate's seed, the token's position in its sequence), so what a candidate
 draws does not depend on the batch, on preemption or on how its prompt was cut. Log probabilities are those of the model: of the raw
 logits, before penalties, bias and temperature.
+
+A device is given its work and goes on; what it comes to is asked for later, of Draft and Scores.
 """
 
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lmi_dist import ops
 from lmi_dist.request import SamplingParams
+from lmi_dist.staging import Parcel, to_device
 
 MASK64 = (1 << 64) - 1
 
@@ -104,86 +111,174 @@ class Row:
     position: int
 
 
-class Sampler:
-    """Chooses one token a row. Stateless: what lasts over steps is in the rows' Draws."""
+class Draft:
+    """Tokens that the device chooses. ids: int32 [R], where they are chosen; -1 for a row that leaves nothing to choose."""
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-        """logits: fp32 [R,V], overwritten. One choice per row, in order; not recorded in its Draws yet."""
-        wanted = [index for index, row in enumerate(rows) if row.draws.num_logprobs is not None]
-        raw = logits[wanted] if wanted else None  # a copy: what follows works in place
-        self._penalize(logits, rows)
-        ids = self._draw(logits, rows)
-        choices = [Choice(id) for id in ids]
-        if raw is not None:
-            tops = [rows[index].draws.num_logprobs or 0 for index in wanted]
-            for index, choice in zip(wanted, self.score(raw, [ids[index] for index in wanted], tops), strict=True):
-                choices[index] = choice
+    def __init__(self, ids: Tensor, told: Sequence[Tensor], wanted: Sequence[int], tops: Sequence[int]) -> None:
+        """told: values, the best ones' values and ids of the rows `wanted`; tops: how many of these each wants."""
+        self.ids = ids
+        self._parcel, self._wanted, self._tops = Parcel([ids, *told]), wanted, tops
+
+    def wait(self) -> list[Choice | None]:
+        """One a row, in order, not recorded in its Draws yet; None for a row that leaves nothing to choose."""
+        ids, *told = self._parcel.open()
+        choices = [None if id < 0 else Choice(id) for id in ids.tolist()]
+        if told:
+            chosen = [choice for index in self._wanted if (choice := choices[index]) is not None]
+            places = [place for place, index in enumerate(self._wanted) if choices[index] is not None]
+            scored = _choices([choice.id for choice in chosen], [part[places] for part in told], [self._tops[p] for p in places])
+            for place, choice in zip(places, scored, strict=True):
+                choices[self._wanted[place]] = choice
         return choices
 
+
+class Scores:
+    """Log probabilities of given tokens, that the device works out."""
+
+    def __init__(self, ids: Sequence[int], ranks: Tensor, told: Sequence[Tensor], tops: Sequence[int]) -> None:
+        self._ids, self._tops, self._parcel = ids, tops, Parcel([ranks, *told])
+
+    def wait(self) -> list[Choice] | None:
+        """One a row, in order; None if a row has a NaN or no logit above -infinity."""
+        ranks, *told = self._parcel.open()
+        return None if (ranks < 0).any() else _choices(self._ids, told, self._tops)
+
+
+def _choices(ids: Sequence[int], told: Sequence[Tensor], tops: Sequence[int]) -> list[Choice]:
+    columns = zip(ids, *(part.tolist() for part in told), tops, strict=True)
+    return [Choice(id, value, tuple(zip(alike, their[:num], strict=False))) for id, value, their, alike, num in columns]
+
+
+class Sampler:
+    """Chooses one token a row. What lasts over steps is in the rows' Draws; here is only what the device was told of them last."""
+
+    def __init__(self) -> None:
+        self._told: tuple[list[Draws], dict[str, Tensor]] = ([], {})
+
     @torch.inference_mode()
-    def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Choice]:
-        """Log probabilities of given ids. logits: fp32 [R,V], unchanged; tops: alternatives wanted per row."""
-        top = min(max(tops, default=0), logits.shape[1])
-        values, _, top_values, top_ids = ops.logprobs(logits, _int32(ids, logits), top)
-        columns = zip(ids, values.tolist(), top_ids.tolist(), top_values.tolist(), tops, strict=True)
-        return [Choice(id, value, tuple(zip(alike, their[:num], strict=False))) for id, value, alike, their, num in columns]
+    def draw(self, logits: Tensor, rows: Sequence[Row], places: Sequence[int] | None = None) -> Draft:
+        """One choice a row, from logits: fp32 [R,V], or from those of its rows that `places` names; they are overwritten."""
+        wanted = [index for index, row in enumerate(rows) if row.draws.num_logprobs is not None]
+        there = self._tell(rows, places, wanted, logits)
+        logits = logits if places is None else logits.index_select(0, there["places"])
+        bad = _mend(logits)
+        raw = _rows(logits, wanted, there).clone() if wanted else None  # what follows works in place
+        if "repetition" in there:
+            ops.penalize(logits, **{name: there[name] for name in PENALTIES})
+        ids = ops.sample(logits, **{name: there[name] for name in SETTINGS}, positions=there["positions"])
+        tops = [rows[index].draws.num_logprobs or 0 for index in wanted]
+        told = () if raw is None else _told(raw, _rows(ids, wanted, there), tops)[1:]
+        if bad:
+            ids[bad] = -1
+        return Draft(ids, told, wanted, tops)
 
-    def _penalize(self, logits: Tensor, rows: Sequence[Row]) -> None:
-        """In place; a row that wants nothing has an empty history and no bias."""
-        biases = [row.draws.bias_at(row.position) for row in rows]
-        histories = [row.draws.history for row in rows]
-        if not any(biases) and not any(histories):
-            return
-        params = [row.draws.params for row in rows]
-        ops.penalize(
-            logits,
-            history_starts=_starts([0 if history is None else len(history.ids) for history in histories], logits),
-            history_ids=_joined([history.ids for history in histories if history is not None], logits),
-            history_counts=_joined([history.counts for history in histories if history is not None], logits),
-            repetition=_float32([_within(each.repetition_penalty, LEAST) for each in params], logits),
-            presence=_float32([_within(each.presence_penalty) for each in params], logits),
-            frequency=_float32([_within(each.frequency_penalty) for each in params], logits),
-            bias_starts=_starts([len(bias) for bias in biases], logits),
-            bias_ids=_int32([id for bias in biases for id in bias], logits),
-            bias_values=_float32([value for bias in biases for value in bias.values()], logits),
-        )
+    @torch.inference_mode()
+    def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Scores:
+        """Log probabilities of given ids. logits: fp32 [R,V], unchanged but for bad rows; tops: alternatives wanted per row."""
+        bad = _mend(logits)
+        ranks, *told = _told(logits, to_device({"ids": _int32(ids)}, logits.device)["ids"], tops)
+        if bad:
+            ranks[bad] = -1
+        return Scores(ids, ranks, told, tops)
 
-    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        params = [row.draws.params for row in rows]
-        seeds = np.array([row.draws.seed for row in rows], dtype=np.uint64)
-        ids: list[int] = ops.sample(
-            logits,
-            _float32([each.temperature and _within(each.temperature, LEAST) for each in params], logits),
-            _int32([min(each.top_k, logits.shape[1]) for each in params], logits),
-            _float32([_within(each.top_p, LEAST) for each in params], logits),
-            _float32([_within(each.typical_p, LEAST) for each in params], logits),
-            _float32([each.min_p for each in params], logits),
-            torch.from_numpy(seeds).to(logits.device),
-            _int32([row.position for row in rows], logits),
-        ).tolist()
-        return ids
+    def _tell(self, rows: Sequence[Row], places: Sequence[int] | None, wanted: Sequence[int], logits: Tensor) -> dict[str, Tensor]:
+        """Everything that the device needs to know, by name; settings only if they are not those of the last time."""
+        draws = [row.draws for row in rows]
+        arrays = {"positions": _int32([row.position for row in rows]), **_penalties(rows)}
+        if places is not None:
+            arrays["places"] = _int32(places)
+        if wanted and len(wanted) < len(rows):
+            arrays["wanted"] = _int32(wanted)
+        before, settings = self._told
+        is_known = bool(settings) and len(before) == len(draws) and all(map(operator.is_, before, draws))
+        there = to_device(arrays if is_known else arrays | _settings(draws, logits.shape[1]), logits.device)
+        if is_known:
+            return there | settings
+        self._told = draws, {name: there[name] for name in SETTINGS}
+        return there
 
 
-def _float32(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)
+SETTINGS = ("temperature", "top_k", "top_p", "typical_p", "min_p", "seeds")
+PENALTIES = (
+    "history_starts", "history_ids", "history_counts", "repetition", "presence", "frequency", "bias_starts", "bias_ids",
+    "bias_values",
+)  # fmt: skip
+
+
+def _settings(draws: Sequence[Draws], vocabulary: int) -> dict[str, NDArray[Any]]:
+    """SETTINGS, a row each; they stay as they are as long as the sequence lives."""
+    params = [each.params for each in draws]
+    return {
+        "temperature": _float32([each.temperature and _within(each.temperature, LEAST) for each in params]),
+        "top_k": _int32([min(each.top_k, vocabulary) for each in params]),
+        "top_p": _float32([_within(each.top_p, LEAST) for each in params]),
+        "typical_p": _float32([_within(each.typical_p, LEAST) for each in params]),
+        "min_p": _float32([each.min_p for each in params]),
+        "seeds": np.array([each.seed for each in draws], np.uint64),
+    }
+
+
+def _penalties(rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
+    """PENALTIES, or nothing if no row has any; a row that wants none has an empty history and no bias."""
+    biases = [row.draws.bias_at(row.position) for row in rows]
+    histories = [row.draws.history for row in rows]
+    if not any(biases) and not any(histories):
+        return {}
+    params = [row.draws.params for row in rows]
+    known = [history for history in histories if history is not None]
+    return {
+        "history_starts": _starts([0 if history is None else len(history.ids) for history in histories]),
+        "history_ids": _joined([history.ids for history in known]),
+        "history_counts": _joined([history.counts for history in known]),
+        "repetition": _float32([_within(each.repetition_penalty, LEAST) for each in params]),
+        "presence": _float32([_within(each.presence_penalty) for each in params]),
+        "frequency": _float32([_within(each.frequency_penalty) for each in params]),
+        "bias_starts": _starts([len(bias) for bias in biases]),
+        "bias_ids": _int32([id for bias in biases for id in bias]),
+        "bias_values": _float32([value for bias in biases for value in bias.values()]),
+    }
+
+
+def _told(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ranks, log probabilities, and those and the ids of the best, as many as any row wants."""
+    values, ranks, top_values, top_ids = ops.logprobs(logits, ids, min(max(tops, default=0), logits.shape[1]))
+    return ranks, values, top_values, top_ids
+
+
+def _rows(x: Tensor, wanted: Sequence[int], there: dict[str, Tensor]) -> Tensor:
+    """x: [R,...]; those of its rows, as `there` has them if they are not all."""
+    return x.index_select(0, there["wanted"]) if "wanted" in there else x
+
+
+def _mend(logits: Tensor) -> list[int]:
+    """On a CPU, rows that leave nothing to choose, which are made zeros: it would refuse the batch for them, where a GPU tells."""
+    if logits.device.type != "cpu" or not len(logits):
+        return []
+    bad = [row for row, greatest in enumerate(logits.amax(dim=1).tolist()) if not greatest > -inf]
+    if bad:
+        logits[bad] = 0.0
+    return bad
+
+
+def _float32(values: Sequence[float]) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
 
 
 def _within(value: float, least: float = -MOST) -> float:
     return min(max(value, least), MOST)
 
 
-def _int32(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=like.device)
+def _int32(values: Sequence[int]) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
 
 
-def _starts(lengths: Sequence[int], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(like.device)
+def _starts(lengths: Sequence[int]) -> NDArray[np.int32]:
+    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
-def _joined(pieces: Sequence["array[int]"], like: Tensor) -> Tensor:
-    """One int32 tensor of all pieces, copied as memory and not number by number."""
+def _joined(pieces: "Sequence[array[int]]") -> NDArray[np.int32]:
+    """One array of all pieces, copied as memory and not number by number."""
     whole = array("i")
     for piece in pieces:
         whole.extend(piece)
-    return torch.from_numpy(np.array(whole, dtype=np.int32)).to(like.device)
+    return np.array(whole, np.int32)

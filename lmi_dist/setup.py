@@ -91,13 +91,13 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
         memory=memory,
         device=device,
         kernels=kernels,
-        decodes=_decodes(config),
+        decodes=_decodes(config, device),
         available_bytes=available_bytes,
     )
 
 
-def _decodes(config: EngineConfig) -> str:
-    sizes = recorded_sizes(config)
+def _decodes(config: EngineConfig, device: Device) -> str:
+    sizes = recorded_sizes(config, device)
     if not sizes:
         return "run from Python: " + ("enforce_eager=true" if config.enforce_eager else "torch's operations are not recorded")
     if isinstance(sizes, range):

@@ -21,7 +21,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 ENGINE_LEVELS = (
     ("errors", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
-    ("device", "link", "plan_stream"),
+    ("device", "link", "plan_stream", "staging"),
     ("device_group",),
     ("local_link",),
     ("meeting",),
@@ -33,7 +33,7 @@ ENGINE_LEVELS = (
     ("layers",),
     ("models",),
     ("admission", "answers", "recorded", "setup"),
-    ("runner",),
+    ("flight", "runner"),
     ("fitting",),
     ("engine", "follower"),
     ("__init__",),

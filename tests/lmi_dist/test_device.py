@@ -239,7 +239,7 @@ def test_step_that_runs_out_of_memory_ends_its_requests_alone(engine: Any) -> No
     made, _, patch = engine
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with patch.context() as failing:
-        failing.setattr(made._runner, "forward", lambda _: (_ for _ in ()).throw(error))
+        failing.setattr(made._runner, "forward", lambda *_: (_ for _ in ()).throw(error))
         (output,) = made.step()
 
     made.add(Request(id="b", prompt="x", params=SamplingParams(max_tokens=1)))
@@ -251,7 +251,7 @@ def test_step_that_runs_out_of_memory_ends_its_requests_alone(engine: Any) -> No
 def test_step_on_a_lost_gpu_ends_the_engine(engine: Any) -> None:
     made, fake, patch = engine
     fake.lasting_error = "CUDA error: unspecified launch failure"
-    patch.setattr(made._sampler, "sample", lambda *_: (_ for _ in ()).throw(KernelError("sample: unspecified launch failure")))
+    patch.setattr(made._sampler, "draw", lambda *_: (_ for _ in ()).throw(KernelError("sample: unspecified launch failure")))
 
     with pytest.raises(DeviceError, match="the GPU is lost to this process"):
         made.step()

@@ -355,7 +355,7 @@ def test_failed_step_ends_only_its_requests(folder, monkeypatch):
     forward, lone = engine._runner.forward, answer(run(engine, ask("b"))["b"])
     engine.add(ask("a"))
     engine.add(ask("b"))
-    monkeypatch.setattr(engine._runner, "forward", lambda plan: 1 / 0)
+    monkeypatch.setattr(engine._runner, "forward", lambda *_: 1 / 0)
     outputs = engine.step()
     monkeypatch.setattr(engine._runner, "forward", forward)
 
@@ -378,7 +378,7 @@ def collect(engine: Engine, id: str) -> list[Output]:
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_broken_logits_end_only_their_request(engine, monkeypatch, bad):
     lone, forward = answer(run(engine, ask("b"))["b"]), engine._runner.forward
-    monkeypatch.setattr(engine._runner, "forward", lambda plan: broken(forward(plan), bad))
+    monkeypatch.setattr(engine._runner, "forward", lambda *given: broken(forward(*given), bad))
     engine.add(ask("a"))
     engine.add(ask("b"))
     outputs = engine.step()
@@ -398,7 +398,7 @@ def test_failing_candidate_of_a_ranked_request_ends_it(folder, monkeypatch):
     engine = make(folder)
     engine.add(ask("a", n=2, best_of=4))
     engine.step()
-    monkeypatch.setattr(engine._runner, "forward", lambda plan: 1 / 0)
+    monkeypatch.setattr(engine._runner, "forward", lambda *_: 1 / 0)
 
     outputs = engine.step()
 
@@ -410,7 +410,7 @@ def test_failing_candidate_of_a_ranked_request_ends_it(folder, monkeypatch):
 def test_chaos_leaves_answers_and_blocks_right(folder, monkeypatch, num_requests):
     engine = make(folder, kv_cache_memory_bytes=12 * BLOCK_BYTES, prefill_chunk_tokens=24, max_batch_size=8)
     chance, forward = random.Random(num_requests), engine._runner.forward
-    monkeypatch.setattr(engine._runner, "forward", lambda plan: 1 / 0 if chance.random() < 0.02 else forward(plan))
+    monkeypatch.setattr(engine._runner, "forward", lambda *given: 1 / 0 if chance.random() < 0.02 else forward(*given))
     requests = [random_request(chance, f"r{i}") for i in range(num_requests)]
     to_come, outputs = list(reversed(requests)), {request.id: [] for request in requests}
 

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import driving
@@ -15,23 +14,14 @@ import torch
 from lmi_dist import ops
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.decode_batch import GRAPH_SIZES, DecodeBatch, recorded_sizes
+from lmi_dist.device import Device
 from lmi_dist.plan import Chunk, Plan
 from lmi_dist.recorded import RecordedDecodes
 from lmi_dist.runner import Runner
 
 PROMPT = tiny_models.prompt_of(40)
-
-
-@pytest.fixture(autouse=True)
-def _column_as_before() -> Iterator[None]:
-    """A runner chooses for the whole process; what comes after these tests finds what was before."""
-    with ops.using("cpu", 1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path_factory.mktemp("tiny"))
+GPU = Device("cuda", torch.device("cuda", 0))
+pytestmark = pytest.mark.usefixtures("column_as_before")
 
 
 def ready(folder: Path, num: int, kernels: str = "cpu", **values: Any) -> tuple[Runner, list[Chunk]]:
@@ -121,10 +111,8 @@ def test_torch_column_records_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("most", "sizes"), [(1, [1]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64]), (9999, list(GRAPH_SIZES))]
 )
-def test_graphs_are_of_a_few_sizes(monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]) -> None:
-    monkeypatch.setattr(ops, "chosen", lambda: SimpleNamespace(name="cuda"))
-
-    assert recorded_sizes(EngineConfig(model="m", max_batch_size=most)) == sizes
+def test_graphs_are_of_a_few_sizes(most: int, sizes: list[int]) -> None:
+    assert recorded_sizes(EngineConfig(model="m", max_batch_size=most), GPU) == sizes
 
 
 def test_what_cannot_be_recorded_is_told_once(

@@ -1,7 +1,6 @@
 """The runner loads one model with its cache and turns plans into logits."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import driving
@@ -9,27 +8,15 @@ import pytest
 import tiny_models
 import torch
 
-from lmi_dist import ops
 from lmi_dist.errors import CheckpointError
 from lmi_dist.plan import Chunk, Plan
 
 PROMPT = tiny_models.prompt_of(9)
+pytestmark = pytest.mark.usefixtures("column_as_before")
 
 
 def chunk(*, num_outputs: int, start: int = 0, end: int = 9, table: tuple[int, ...] = (0,)) -> Chunk:
     return Chunk(0, PROMPT[start:end], start, table, len(PROMPT), num_outputs)
-
-
-@pytest.fixture(autouse=True)
-def _column_as_before() -> Iterator[None]:
-    """A runner chooses for the whole process; what comes after these tests finds what was before."""
-    with ops.using("cpu", 1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "torch"])

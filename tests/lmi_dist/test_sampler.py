@@ -120,7 +120,7 @@ def test_choice_matches_slow_reference(seed, generated, params):
     logits = logits_of(1, seed % 1000)
     expected = chosen(penalized(logits[0].tolist(), prompt, generated, params), params, seed, len(prompt) + len(generated))
 
-    (choice,) = Sampler().sample(logits, [row_of(draws, len(generated))])
+    (choice,) = Sampler().draw(logits, [row_of(draws, len(generated))]).wait()
 
     assert choice.id == expected
 
@@ -134,9 +134,9 @@ def test_rows_do_not_see_each_other():
         draws_of(repetition_penalty=1.3, seed=12),
     ]
     rows, logits = [row_of(each, 2) for each in draws], logits_of(5)
-    alone = [Sampler().sample(logits[[index]], [row])[0] for index, row in enumerate(rows)]
+    alone = [Sampler().draw(logits[[index]], [row]).wait()[0] for index, row in enumerate(rows)]
 
-    together = Sampler().sample(logits.clone(), rows)
+    together = Sampler().draw(logits.clone(), rows).wait()
 
     assert together == alone
 
@@ -146,14 +146,14 @@ def test_draws_follow_the_distribution():
     logits = logits_of(1).expand(2000, V).clone()
     probabilities = torch.softmax(logits[0], 0)
 
-    choices = Sampler().sample(logits, [row_of(row, index) for index in range(2000)])
+    choices = Sampler().draw(logits, [row_of(row, index) for index in range(2000)]).wait()
 
     counts = torch.bincount(torch.tensor([choice.id for choice in choices]), minlength=V) / 2000
     assert (counts - probabilities).abs().max() < 0.03  # three standard deviations at most
 
 
 def test_no_rows_give_no_choices():
-    assert Sampler().sample(logits_of(0), []) == []
+    assert Sampler().draw(logits_of(0), []).wait() == []
 
 
 # ---- penalties and bias ----
@@ -163,7 +163,7 @@ def test_presence_penalty_ignores_the_prompt():
     logits = torch.zeros(1, V)
     logits[0, 5], logits[0, 6] = 2.0, 1.5
 
-    (choice,) = Sampler().sample(logits, [row_of(draws_of(prompt=(5,), temperature=0.0, presence_penalty=9.0))])
+    (choice,) = Sampler().draw(logits, [row_of(draws_of(prompt=(5,), temperature=0.0, presence_penalty=9.0))]).wait()
 
     assert choice.id == 5
 
@@ -172,7 +172,7 @@ def test_repetition_penalty_sees_the_prompt():
     logits = torch.zeros(1, V)
     logits[0, 5], logits[0, 6] = 2.0, 1.5
 
-    (choice,) = Sampler().sample(logits, [row_of(draws_of(prompt=(5,), temperature=0.0, repetition_penalty=4.0))])
+    (choice,) = Sampler().draw(logits, [row_of(draws_of(prompt=(5,), temperature=0.0, repetition_penalty=4.0))]).wait()
 
     assert choice.id == 6
 
@@ -198,7 +198,7 @@ def test_stop_ids_wait_for_min_tokens(generated):
     logits[0, 8], logits[0, 3] = 50.0, 1.0
     draws = draws_of(temperature=0.0, min_tokens=2, stop_ids=(8,), logit_bias={8: 100.0})
 
-    (choice,) = Sampler().sample(logits, [row_of(draws, generated)])
+    (choice,) = Sampler().draw(logits, [row_of(draws, generated)]).wait()
 
     assert choice.id == (3 if generated < 2 else 8)
 
@@ -206,7 +206,7 @@ def test_stop_ids_wait_for_min_tokens(generated):
 def test_banning_everything_leaves_a_choice():
     draws = draws_of(min_tokens=1, stop_ids=range(V))
 
-    (choice,) = Sampler().sample(logits_of(1), [row_of(draws)])
+    (choice,) = Sampler().draw(logits_of(1), [row_of(draws)]).wait()
 
     assert 0 <= choice.id < V
 
@@ -227,9 +227,9 @@ def test_banning_everything_leaves_a_choice():
 def test_extreme_params_hurt_nobody_else(params):
     rows = [row_of(draws_of(generated=(1, 2, 2), **params), 3), row_of(draws_of(seed=5), 3)]
     logits = logits_of(2)
-    alone = Sampler().sample(logits[[1]], rows[1:])[0]
+    alone = Sampler().draw(logits[[1]], rows[1:]).wait()[0]
 
-    choices = Sampler().sample(logits, rows)
+    choices = Sampler().draw(logits, rows).wait()
 
     assert choices[1] == alone
 
@@ -242,7 +242,7 @@ def test_logprobs_are_of_the_raw_logits():
     expected = torch.log_softmax(logits[0], 0)
     draws = draws_of(generated=(3,), temperature=0.4, presence_penalty=1.0, logit_bias={2: 5.0}, num_logprobs=3)
 
-    (choice,) = Sampler().sample(logits.clone(), [row_of(draws, 1)])
+    (choice,) = Sampler().draw(logits.clone(), [row_of(draws, 1)]).wait()
 
     assert choice.logprob == pytest.approx(expected[choice.id].item(), abs=1e-5)
     assert [id for id, _ in choice.top] == expected.topk(3).indices.tolist()
@@ -252,7 +252,7 @@ def test_logprobs_are_of_the_raw_logits():
 def test_rows_get_the_alternatives_they_asked_for():
     rows = [row_of(draws_of(num_logprobs=wanted)) for wanted in (None, 0, 2, 1000)]
 
-    choices = Sampler().sample(logits_of(4), rows)
+    choices = Sampler().draw(logits_of(4), rows).wait()
 
     assert [len(choice.top) for choice in choices] == [0, 0, 2, V]
     assert [choice.logprob is None for choice in choices] == [True, False, False, False]
@@ -262,7 +262,7 @@ def test_scores_leave_logits_alone():
     logits = logits_of(3)
     before = logits.clone()
 
-    scores = Sampler().score(logits, (1, 2, 96), (0, 1, 2))
+    scores = Sampler().score(logits, (1, 2, 96), (0, 1, 2)).wait()
 
     expected = torch.log_softmax(before, 1)
     assert torch.equal(logits, before)
@@ -275,7 +275,7 @@ def test_impossible_token_has_logprob_minus_infinity():
     logits = torch.zeros(1, V)
     logits[0, 9] = -inf
 
-    (score,) = Sampler().score(logits, (9,), (0,))
+    (score,) = Sampler().score(logits, (9,), (0,)).wait()
 
     assert score.logprob == -inf
 
