@@ -18,7 +18,7 @@ import transformers
 from gpu_limits import Limits, Row
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from lmi_dist import Engine, EngineConfig, Request, SamplingParams
+from lmi_dist import Engine, EngineConfig, Output, Request, SamplingParams
 
 LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -91,14 +91,15 @@ def open_engine(folder: Path, work: Work) -> Engine:
     return Engine(EngineConfig.of({**values, "max_model_len": work.prompt_tokens + work.new_tokens, **work.engine}))
 
 
-def decode_together(engine: Engine, prompts: list[list[int]], num_tokens: int) -> None:
-    """Steps until all of the sequences, and nothing else, are decoding."""
+def decode_together(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[Output]:
+    """Steps until all of the sequences, and nothing else, are decoding. Gives what they have said."""
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=0.0)
     for number, prompt in enumerate(prompts):
         engine.add(Request(id=str(number), prompt=tuple(prompt), params=params))
-    seen: set[str] = set()
-    while len(seen) < len(prompts):
-        seen |= {output.request_id for output in engine.step() if output.tokens}
+    said: list[Output] = []
+    while len({output.request_id for output in said if output.tokens}) < len(prompts):
+        said += engine.step()
+    return said
 
 
 def end(engine: Engine, prompts: list[list[int]]) -> None:
@@ -201,20 +202,34 @@ def rows(limits: Limits, work: Work, device: str) -> Iterator[Row]:
 
 
 def measured(folder: Path, work: Work, way: str, limits: Limits, weight_bytes: int, device: str) -> Iterator[Row]:
-    """Rows of one engine, each batch with recorded decode steps and from Python."""
+    """Rows of one engine, each batch with recorded decode steps, the same without overlap, and from Python."""
     engine = open_engine(folder, work)
     recorded = engine._runner.decodes
     for num, prompts in work.batches.items():
-        for decodes, how in ((recorded, "recorded"), (None, "from Python")):
-            engine._runner.decodes = decodes
+        for how, decodes, overlaps in (("recorded", recorded, True), ("no overlap", recorded, False), ("from Python", None, True)):
+            engine._runner.decodes, engine._overlaps = decodes, overlaps
             name = f"batch {num}, {len(prompts[0])} prompt tokens, {how}, {way}"
             seconds = our_seconds(engine, prompts, work)
             limit = (weight_bytes / limits.copy / seconds, "weights / copy", 0.85) if num == 1 else ()
             yield Row(f"decode step, {name}", seconds, *limit)
             yield busy_row(f"GPU busy, {name}", engine, prompts, seconds, work, device)
+        engine._runner.decodes = recorded
+        yield same_row(f"same ids with and without overlap, batch {num}, {way}", engine, prompts, work)
     engine.close()
     del engine, recorded
     release(device)
+
+
+def same_row(name: str, engine: Engine, prompts: list[list[int]], work: Work) -> Row:
+    """Sequences come in a step later where steps overlap: only batch_invariant promises the same ids of all."""
+    answers = []
+    for engine._overlaps in (True, False):
+        said = decode_together(engine, prompts, work.new_tokens)
+        said += [output for _ in range(work.num_steps) for output in engine.step()]
+        end(engine, prompts)
+        answers.append([[t.id for o in said if o.request_id == str(i) for t in o.tokens] for i in range(len(prompts))])
+    num_alike = sum(all(x == y for x, y in zip(a, b, strict=False)) for a, b in zip(*answers, strict=True))
+    return Row(name, note=f"{num_alike} of {len(prompts)} sequences alike")
 
 
 def busy_row(name: str, engine: Engine, prompts: list[list[int]], seconds: float, work: Work, device: str) -> Row:

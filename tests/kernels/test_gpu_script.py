@@ -26,7 +26,7 @@ ROWS = {
     ],
     "steps": [
         "limits", "decode step, batch 1, 16 prompt tokens, recorded", "decode step, batch 2, 20 prompt tokens, from Python",
-        "GPU busy, batch 1", "GPU busy, batch 2",
+        "GPU busy, batch 1", "GPU busy, batch 2", "same ids with and without overlap, batch 2",
     ],
     "peers": ["decode step of transformers"],
 }  # fmt: skip
