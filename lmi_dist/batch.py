@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmi_dist import ops
 from lmi_dist.config import BLOCK_SIZE
 from lmi_dist.kv_cache import KVCache
 from lmi_dist.plan import PENDING, Chunk, Encode, Plan
@@ -68,6 +69,7 @@ class ForwardBatch:
     cross_tables: torch.Tensor | None = None  # [B,max_blocks] padded with -1
     adapters: torch.Tensor | None = None  # [T] adapter's slot, -1: none; None: nobody has one
     rope: Rope | None = None  # filled in by the model's rotary embedding
+    prompts: ops.Prompts | None = None  # what flash-attn does, if the operator wants it to
 
 
 def build(
@@ -76,6 +78,8 @@ def build(
     """The tensors of a plan's decodes and chunks, in that order. `features`: those of its images [tokens,E], by digest. `chosen`:
     where its PENDING tokens are."""
     batch = _build(plan.rows, cache, chosen)
+    if plan.chunks and ops.chosen().takes_flash_attn:
+        batch = replace(batch, prompts=_prompts(plan, cache.device))
     return replace(batch, images=_images(plan.rows, features)) if features else batch
 
 
@@ -115,6 +119,41 @@ def _build(chunks: Sequence[Chunk], cache: KVCache, chosen: Chosen | None = None
     if chosen is not None and sources is not None:
         there["ids"] = chosen.fill(there["ids"], there.pop("sources"))
     return ForwardBatch(cache=cache, **cast(dict[str, Any], there))
+
+
+def _prompts(plan: Plan, device: torch.device) -> ops.Prompts:
+    """The plan's chunks, in calls of at most GATHERED_KEYS keys, or of one sequence."""
+    first, calls, group = len(plan.decodes), list[ops.PromptCall](), list[Chunk]()
+    num_keys, row = 0, first
+    for chunk in (*plan.chunks, None):
+        if group and (chunk is None or num_keys + _num_keys(chunk) > ops.GATHERED_KEYS):
+            calls.append(_prompt_call(group, row, device))
+            row = calls[-1].rows.stop
+            group, num_keys = [], 0
+        if chunk is not None:
+            group.append(chunk)
+            num_keys += _num_keys(chunk)
+    return ops.Prompts(first, calls)
+
+
+def _prompt_call(chunks: Sequence[Chunk], first_row: int, device: torch.device) -> ops.PromptCall:
+    lengths, key_lengths = [len(chunk.token_ids) for chunk in chunks], [_num_keys(chunk) for chunk in chunks]
+    positions = np.concatenate([np.arange(num) for num in key_lengths])
+    owners = np.repeat(np.arange(len(chunks)), key_lengths)
+    arrays = {
+        "starts": np.cumsum([0, *lengths]),
+        "key_starts": np.cumsum([0, *key_lengths]),
+        # of one that fell out of the window it is -1: the pool's last, whose numbers are not looked at
+        "blocks": _tables([chunk.table for chunk in chunks])[owners, positions // BLOCK_SIZE],
+        "places": positions % BLOCK_SIZE,
+    }
+    rows = slice(first_row, first_row + sum(lengths))
+    there: dict[str, Any] = to_device({name: array.astype(np.int32, copy=False) for name, array in arrays.items()}, device)
+    return ops.PromptCall(rows=rows, max_rows=max(lengths), max_keys=max(key_lengths), **there)
+
+
+def _num_keys(chunk: Chunk) -> int:
+    return chunk.start + len(chunk.token_ids)
 
 
 def _tables(rows: Sequence[tuple[int, ...]]) -> Ints:

@@ -48,6 +48,9 @@ class EngineConfig(BaseModel):
         default=False,
         description="a row's bits never depend on its batch: own matrix kernels instead of cuBLAS; on a CPU they never do",
     )
+    prefill_attention: Literal["own", "flash-attn"] = Field(
+        default="own", description="what does prompts' attention on GPUs; flash-attn: that package, if it can what the model needs"
+    )
     enforce_eager: bool = Field(
         default=False, description="run every step from Python; else decode steps are recorded and replayed"
     )
@@ -110,6 +113,18 @@ class EngineConfig(BaseModel):
                 f"prefill_chunk_tokens={self.prefill_chunk_tokens} contradicts enable_chunked_prefill=false; leave one of them out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _invariant(self) -> "EngineConfig":
+        if self.wants_flash_attn and self.batch_invariant:
+            raise ValueError(
+                "prefill_attention=flash-attn contradicts batch_invariant=true, for its sums are cut otherwise; leave one out"
+            )
+        return self
+
+    @property
+    def wants_flash_attn(self) -> bool:
+        return self.prefill_attention == "flash-attn"
 
     @model_validator(mode="after")
     def _on_one_device(self) -> "EngineConfig":

@@ -40,7 +40,8 @@ class Runner:
         self._num_threads = config.cpu_threads or len(os.sched_getaffinity(0))
         self._features: dict[bytes, torch.Tensor] = {}  # [tokens,E] of images, by digest
         column = device.column if config.kernels == "auto" else config.kernels
-        _share_cpus(ops.select(column, config.cpu_threads, batch_invariant=config.batch_invariant), self._num_threads)
+        kernels = ops.select(column, config.cpu_threads, batch_invariant=config.batch_invariant, flash_attn=config.wants_flash_attn)
+        _share_cpus(kernels, self._num_threads)
         checkpoint = Checkpoint(model.folder)
         kind = quant.format_of(model, config.quantize)
         inventory = Inventory(checkpoint, memory.torch_dtype, link, kind, device=device.place)

@@ -12,8 +12,8 @@ from lmi_dist import ops
 from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.decode_batch import recorded_sizes
 from lmi_dist.device import Device, choose_device
-from lmi_dist.errors import CheckpointError
-from lmi_dist.kv_cache import GpuMemory, MemoryPlan, available_memory, plan_memory
+from lmi_dist.errors import CheckpointError, ConfigError
+from lmi_dist.kv_cache import GpuMemory, MemoryPlan, available_memory, gpu_dtype, plan_memory
 from lmi_dist.models import read_config
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.weights import Checkpoint, fetch
@@ -69,7 +69,9 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
     model = read_config(folder)
     threads = config.cpu_threads or max(1, usable_cpus() // config.tensor_parallel_degree)
     column = device.column if config.kernels == "auto" else config.kernels
-    kernels = ops.select(column, threads, batch_invariant=config.batch_invariant)
+    if config.wants_flash_attn:
+        _check_flash_attn(config, model, device)
+    kernels = ops.select(column, threads, batch_invariant=config.batch_invariant, flash_attn=config.wants_flash_attn)
     if available_bytes is None:
         available_bytes = available_memory() if device.type == "cpu" else device.free_bytes()
     gpu = GpuMemory(device.total_bytes(), available_bytes) if device.type == "cuda" else None
@@ -94,6 +96,21 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
         decodes=_decodes(config, device),
         available_bytes=available_bytes,
     )
+
+
+def _check_flash_attn(config: EngineConfig, model: ModelConfig, device: Device) -> None:
+    """Raises ConfigError if it cannot do the model's prompts."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = f"runs on GPUs, and this is device={device.type} ({device.reason})"
+    elif model.is_encoder_decoder:
+        obstacle = f"has no relative position bias, which {model.architecture} needs"
+    elif gpu_dtype(config.dtype, model.dtype) == "fp32":
+        obstacle = f"takes bf16 and fp16, and dtype={config.dtype} means fp32 here"
+    elif config.kv_cache_dtype == "fp8":
+        obstacle = "reads keys in bf16 and fp16, and kv_cache_dtype is fp8"
+    if obstacle:
+        raise ConfigError(f"prefill_attention=flash-attn is refused: it {obstacle}; leave it out, and our kernels do prompts")
 
 
 def _decodes(config: EngineConfig, device: Device) -> str:

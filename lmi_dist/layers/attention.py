@@ -148,7 +148,8 @@ class PagedAttention:
         out = ops.attention(
             q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi, causal=self.causal,
-            relative_bias=self.relative_bias.table, max_distance=self.relative_bias.max_distance, **self.scales,
+            relative_bias=self.relative_bias.table, max_distance=self.relative_bias.max_distance, prompts=batch.prompts,
+            **self.scales,
         )  # fmt: skip
         return out.flatten(1)
 

@@ -5,6 +5,7 @@ from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
 from lmi_dist.ops.attention import attention
 from lmi_dist.ops.column import chosen, cuda_architectures, describe, select, using
 from lmi_dist.ops.embedding import embedding
+from lmi_dist.ops.flash import GATHERED_KEYS, PromptCall, Prompts
 from lmi_dist.ops.graph import GraphPool
 from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
 from lmi_dist.ops.lora import lora
@@ -18,11 +19,14 @@ from lmi_dist.ops.segment import Segment
 
 __all__ = [
     "ACTIVATIONS",
+    "GATHERED_KEYS",
     "Activation",
     "Arena",
     "GraphPool",
     "PackedWeight",
     "Peers",
+    "PromptCall",
+    "Prompts",
     "Recorder",
     "Recording",
     "Replayable",

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lmi_dist.ops import column
+from lmi_dist.ops import column, flash
 from lmi_dist.ops.shapes import FLOATS, FP8, Shapes
 
 QUERIES_AT_ONCE = 256  # rows of the torch version's score matrix, to bound its memory
@@ -30,6 +30,7 @@ def attention(
     max_distance: int = 128,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    prompts: flash.Prompts | None = None,
 ) -> Tensor:
     """softmax(scores) v for query rows starts[b] .. starts[b+1]-1 of each sequence b, the last of its key_lengths[b] positions.
 
@@ -38,6 +39,7 @@ def attention(
     tables: int32 [B,max_blocks], entries before the window may be negative.
     window: keys that a row sees, its own included (0: all). soft_cap: Gemma 2's, 0: none. alibi: fp32 [H] slopes (Press et al.
     2022). relative_bias: fp32 [buckets,H] with T5's buckets (Raffel et al. 2020), half of them for each direction unless causal.
+    prompts: the sequences that flash-attn is to do, without relative bias, in bf16 or fp16.
     Returns [T,H,D]; a row without keys gives 0. A row's bits do not depend on its batch or chunk (CPU library only).
     Raises KernelError on shapes, dtypes, and blocks that are not there."""
     library = column.library()
@@ -47,8 +49,15 @@ def attention(
             alibi=alibi, relative_bias=relative_bias, max_distance=max_distance, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rest = out
+    if prompts is not None:
+        flash.attend(out, q, k_cache, v_cache, prompts, scale=scale, causal=causal, window=window, soft_cap=soft_cap, alibi=alibi)
+        first = prompts.first
+        if first == 0:
+            return out
+        rest, q, starts, key_lengths, tables = out[:first], q[:first], starts[: first + 1], key_lengths[:first], tables[:first]
     library.call(
-        "attention", out=out, q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, key_lengths=key_lengths, tables=tables,
+        "attention", out=rest, q=q, k_cache=k_cache, v_cache=v_cache, starts=starts, key_lengths=key_lengths, tables=tables,
         alibi=alibi, relative_bias=relative_bias, scale=scale, soft_cap=soft_cap, causal=causal, window=window,
         max_distance=max_distance, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip

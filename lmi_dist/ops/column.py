@@ -4,6 +4,7 @@ tensors."""
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 
 import lmi_dist.ops
 from lmi_dist.errors import KernelError
+from lmi_dist.ops import flash
 from lmi_dist.ops.abi import Library, find_library
 
 logger = logging.getLogger(__name__)
@@ -24,29 +26,42 @@ MULTIPLIES_TO_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # bf16 and fp16, 
 
 @dataclass(frozen=True)
 class Column:
-    """library: None for torch. description: for people. takes_torchs_product: for dense linears, whose weights stay row-major."""
+    """library: None for torch. description: for people. takes_torchs_product: for dense linears, whose weights stay row-major.
+    takes_flash_attn: for prompts."""
 
     name: str
     library: Library | None
     num_threads: int
     description: str
     takes_torchs_product: bool = False
+    takes_flash_attn: bool = False
 
 
 _chosen: Column | None = None
 _libraries: dict[Path, Library] = {}  # opened once for the process: the loader keeps a library anyway
 
 
-def select(column: str = "auto", num_threads: int | None = None, *, path: Path | None = None, batch_invariant: bool = True) -> str:
+def select(
+    column: str = "auto",
+    num_threads: int | None = None,
+    *,
+    path: Path | None = None,
+    batch_invariant: bool = True,
+    flash_attn: bool = False,
+) -> str:
     """Take a column for all operations from now on, with num_threads (None: as many as this process may use CPUs).
 
     column: "auto" (the CPU library if it is built, else torch), "cpu", "cuda", "torch", or "sim" for tests. path: that library
     instead of the installed one. batch_invariant: False lets a column for a GPU take torch's product (cuBLAS) for dense linears,
-    which sums in another order for another number of rows. Returns and logs what was taken. Raises KernelError when a library is
-    asked for that is not there, cannot be opened, or does not run on this machine."""
+    which sums in another order for another number of rows. flash_attn: such a column leaves prompts to flash-attn. Returns and logs
+    what was taken. Raises KernelError when a library is asked for that is not there, cannot be opened, or does not run on this
+    machine, or if flash-attn is not there."""
     global _chosen
     opened = _open(column, num_threads or len(os.sched_getaffinity(0)), path)
-    _chosen = opened if opened.name not in ON_DEVICE else _with_product(opened, batch_invariant=batch_invariant)
+    if opened.name in ON_DEVICE:
+        opened = _with_product(opened, batch_invariant=batch_invariant)
+        opened = _with_flash_attn(opened) if flash_attn else opened
+    _chosen = opened
     logger.info("kernels: %s", _chosen.description)
     return _chosen.description
 
@@ -94,11 +109,12 @@ def using(
     path: Path | None = None,
     level: str = "best",
     batch_invariant: bool = True,
+    flash_attn: bool = False,
 ) -> Iterator[Library | None]:
-    """For tests: another column, number of threads, instruction level and product within a `with`. Gives its library."""
+    """For tests: another column, number of threads, instruction level and choices within a `with`. Gives its library."""
     global _chosen
     before, torch_threads = chosen(), torch.get_num_threads()
-    select(column, num_threads, path=path, batch_invariant=batch_invariant)
+    select(column, num_threads, path=path, batch_invariant=batch_invariant, flash_attn=flash_attn)
     opened = library()
     if opened is not None:
         opened.set_level(level)
@@ -135,6 +151,12 @@ def _with_product(column: Column, *, batch_invariant: bool) -> Column:
     obstacle = "batch_invariant=true" if batch_invariant else _torch_obstacle()
     product = f"our kernels, {obstacle}" if obstacle else "torch's product, cuBLAS on a GPU"
     return replace(column, description=f"{column.description}; dense linears: {product}", takes_torchs_product=not obstacle)
+
+
+def _with_flash_attn(column: Column) -> Column:
+    flash.varlen_function()
+    version = getattr(sys.modules["flash_attn"], "__version__", "")
+    return replace(column, description=f"{column.description}; prompts: flash-attn {version}", takes_flash_attn=True)
 
 
 def _torch_obstacle() -> str:

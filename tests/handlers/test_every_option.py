@@ -22,6 +22,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.device": ("cpu", "cpu"),
     "option.kernels": ("torch", "torch"),
     "option.batch_invariant": ("true", True),
+    "option.prefill_attention": ("flash-attn", "flash-attn"),
     "option.enforce_eager": ("true", True),
     "option.cpu_threads": ("3", 3),
     "option.max_model_len": ("77", 77),
