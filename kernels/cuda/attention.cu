@@ -5,6 +5,7 @@
 
 #include "cuda/attention_bias.cuh"
 #include "cuda/attention_sm90.cuh"
+#include "cuda/attention_splits_sm90.cuh"
 #include "cuda/attention_tiles.cuh"
 
 #include "cuda/attention_plain.cuh"
@@ -61,9 +62,9 @@ Attention<T, Cached> attention_of(const lmi_attention_args &args, const float *b
            0,
            static_cast<int>(args.q.size[1]),
            static_cast<int>(args.k_cache.size[1]),
-           static_cast<int>(args.q.size[1] / args.k_cache.size[1]),
+           args.q.size[1] / args.k_cache.size[1],
+           args.k_cache.size[2],
            static_cast<int>(args.q.size[2]),
-           static_cast<int>(args.k_cache.size[2]),
            args.window,
            args.max_distance,
            is_scaled ? args.scale * args.k_scale : args.scale,
@@ -89,38 +90,49 @@ struct Bounds {
 };
 
 template <int kPadded, class T>
+void run_splits(const Attention<T> &attention, const Boxes &boxes, PieceStates<kPadded> states, cudaStream_t stream) {
+  const Shape shape{static_cast<unsigned>(num_processors()), kAllSplitThreads, SplitShape<T, kPadded>::kSharedBytes};
+  launch("attention of splits", split_kernel<T, kPadded>, shape, stream, attention, boxes, states);
+}
+
+template <int kPadded, class T>
 void run_prompts(const Attention<T> &attention, const Boxes &boxes, cudaStream_t stream) {
   const Shape shape{static_cast<unsigned>(num_processors()), kPromptThreads, PromptShape<T, kPadded>::kSharedBytes};
   launch("attention of prompts", prompt_kernel<T, kPadded>, shape, stream, attention, boxes);
 }
 
-/* prompts: how sequences with many rows are loaded on sm_90a; null: they go the way of sm_80. */
+/* boxes: how caches are loaded on sm_90a; null: all goes the way of sm_80. */
 template <int kPadded, class T, class Cached>
-void run_tiles(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
+void run_tiles(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *boxes, cudaStream_t stream) {
   const int64_t pieces = bounds.num_splits > 1 ? bounds.max_pieces(attention.num_sequences, attention.num_kv_heads) : 0;
   const Scratch scratch(static_cast<size_t>(pieces * PieceStates<kPadded>::kFloats) * sizeof(float), stream);
   const PieceStates<kPadded> states{scratch.as<float>()};
-  const unsigned blocks = static_cast<unsigned>(2 * num_processors());
-  const Shape shape{blocks, kAttentionThreads, TileShape<T, Cached, kPadded>::kSharedBytes};
-  launch("attention", attend_kernel<T, Cached, kPadded>, shape, stream, attention, states, true);
-  const Shape small{2 * blocks, kAttentionThreads};
+  const unsigned processors = static_cast<unsigned>(num_processors());
+  const auto attend = [&](bool by_splits) {
+    const Shape shape{2 * processors, kAttentionThreads, TileShape<T, Cached, kPadded>::kSharedBytes};
+    if constexpr (std::is_same_v<T, Cached>) {
+      if (boxes && by_splits) return run_splits<kPadded>(attention, *boxes, states, stream);
+      if constexpr (kPadded <= 128) { /* a state of 64 rows is in registers */
+        if (boxes) return run_prompts<kPadded>(attention, *boxes, stream);
+      }
+    }
+    launch("attention", attend_kernel<T, Cached, kPadded>, shape, stream, attention, states, by_splits);
+  };
+  attend(true);
+  const Shape small{8 * processors, kAttentionThreads};
   if (bounds.num_splits > 1) launch("attention merge", merge_kernel<T, kPadded>, small, stream, attention, attention.out, states);
-  if (bounds.num_rows <= kFewRows) return;
-  if constexpr (kPadded <= 128 && std::is_same_v<T, Cached>) {
-    if (prompts) return run_prompts<kPadded>(attention, *prompts, stream);
-  }
-  launch("attention", attend_kernel<T, Cached, kPadded>, shape, stream, attention, states, false);
+  if (bounds.num_rows > kFewRows) attend(false);
 }
 
 template <class T, class Cached>
-void run(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *prompts, cudaStream_t stream) {
+void run(const Attention<T, Cached> &attention, const Bounds &bounds, const Boxes *boxes, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     const unsigned blocks = static_cast<unsigned>(8 * num_processors());
     launch("attention", plain_attend_kernel<Cached>, {blocks, kAttentionThreads}, stream, attention);
   } else {
-    if (attention.size <= 64) run_tiles<64>(attention, bounds, prompts, stream);
-    else if (attention.size <= 128) run_tiles<128>(attention, bounds, prompts, stream);
-    else run_tiles<256>(attention, bounds, prompts, stream);
+    if (attention.size <= 64) run_tiles<64>(attention, bounds, boxes, stream);
+    else if (attention.size <= 128) run_tiles<128>(attention, bounds, boxes, stream);
+    else run_tiles<256>(attention, bounds, boxes, stream);
   }
 }
 
@@ -136,8 +148,8 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
   if (has_bias) make_bias(args, bias.as<float>(), stream);
   const int64_t max_keys = args.tables.size[1] * args.k_cache.size[2];
   const Bounds bounds{num_tokens * (args.q.size[1] / args.k_cache.size[1]), std::max<int64_t>(1, (max_keys + kSplit - 1) / kSplit)};
-  const bool are_prompts = bounds.num_rows > kFewRows && are_prompts_for_sm90(args);
-  const Boxes boxes = are_prompts ? boxes_of(args) : Boxes();
+  const bool has_boxes = are_boxes_for_sm90(args);
+  const Boxes boxes = has_boxes ? boxes_of(args) : Boxes();
   with_cached(args.q.dtype, args.k_cache.dtype, [&](auto zero, auto cached) {
     auto part = attention_of<decltype(zero), decltype(cached)>(args, has_bias ? bias.as<float>() : nullptr);
     for (int64_t first = 0; first < num_sequences; first += kMaxSequences) {
@@ -145,7 +157,7 @@ void attention(const lmi_attention_args &args, cudaStream_t stream) {
       part.starts = vector_of<int>(args.starts) + first;
       part.key_lengths = vector_of<int>(args.key_lengths) + first;
       part.tables = vector_of<int>(args.tables) + first * args.tables.stride[0];
-      run(part, bounds, are_prompts ? &boxes : nullptr, stream);
+      run(part, bounds, has_boxes ? &boxes : nullptr, stream);
     }
   });
 }

@@ -31,7 +31,7 @@ template <class Cached>
 __device__ float plain_score(const Attention<float, Cached> &attention, const PlainRow &row, int key, Range seen) {
   if (key < seen.first || key >= seen.last) return -INFINITY;
   const float *const q = attention.q.at(row.token, row.head);
-  const Cached *const k = attention.cached(attention.k_cache, row.sequence, row.head / attention.group, key);
+  const Cached *const k = attention.cached(attention.k_cache, row.sequence, attention.group.quotient(row.head), key);
   float product = 0.0f;
   for (int d = 0; d < attention.size; ++d) product = fmaf(q[d], to_float(k[d]), product);
   return attention.score(product, row.head, key - attention.position(row.sequence, row.query));
@@ -60,7 +60,7 @@ __device__ void plain_tile(const Attention<float, Cached> &attention, const Plai
   /* keys that the row does not see are not added at all: what lies there may be anything */
   const Range keys = common(seen, {first_key, first_key + kTile});
   for (int key = keys.first; key < keys.last; ++key) {
-    const Cached *const v = attention.cached(attention.v_cache, row.sequence, row.head / attention.group, key);
+    const Cached *const v = attention.cached(attention.v_cache, row.sequence, attention.group.quotient(row.head), key);
 #pragma unroll
     for (int d = 0; d < kMaxColumns; ++d) {
       if (d * 32 + lane < attention.size) state.values[d] = fmaf(weights[key - first_key], to_float(v[d * 32 + lane]), state.values[d]);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kAttentionThreads) plain_attend_kernel(Attenti
   const int lane = threadIdx.x % 32, warp = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32;
   const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
   for (int i = warp; i < num_rows; i += gridDim.x * kAttentionThreads / 32) {
-    const int token = first + i / attention.num_heads, b = sequence_of(attention, token);
+    const int token = first + i / attention.num_heads, b = sequence_of(attention.starts, attention.num_sequences, token);
     const PlainRow row{b, token - attention.starts[b], i % attention.num_heads, token};
     const Range seen = attention.seen(b, row.query);
     PlainState total, part;

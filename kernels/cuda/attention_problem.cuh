@@ -10,8 +10,8 @@
 namespace lmi::cuda {
 
 constexpr int kTile = 64, kSplit = 512, kUnitRows = 16;
-constexpr int kFewRows = 64;        /* a sequence with at most so many rows a key head is cut by splits */
-constexpr int kMaxSequences = 1024; /* of a launch: their counts lie in shared memory */
+constexpr int kFewRows = 64;       /* a sequence with at most so many rows a key head is cut by splits */
+constexpr int kMaxSequences = 512; /* of a launch: their counts lie in shared memory */
 constexpr unsigned kAttentionThreads = 128;
 constexpr float kLog2e = 1.44269504f;
 
@@ -33,12 +33,29 @@ struct Heads {
   }
 };
 
+/* Division of numbers from 0 to 2^31 - 1 by one that the host knows: a product and a shift, exact for all of them. */
+struct Divisor {
+  int by;
+  uint32_t factor, shift;
+
+  Divisor(int64_t number) : by(static_cast<int>(number)), shift(31) {
+    while (int64_t{1} << (shift - 31) < number) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + static_cast<uint64_t>(number) - 1) / static_cast<uint64_t>(number));
+  }
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> shift);
+  }
+  __device__ __forceinline__ int rest(int n) const { return n - quotient(n) * by; }
+};
+
 /* What is asked but for the tensors of floats: the same for every dtype. */
 struct Question {
   const int *starts, *key_lengths, *tables;
   const float *alibi, *bias; /* bias: [H, 2 max_distance + 1], by key minus query position */
   int64_t tables_stride;
-  int num_sequences, num_heads, num_kv_heads, group, size, block_size, window, max_distance;
+  int num_sequences, num_heads, num_kv_heads;
+  Divisor group, block_size;
+  int size, window, max_distance;
   float scale, v_scale, soft_cap; /* of products, of what the values come to */
   bool is_causal, is_aligned;     /* is_aligned: rows of the caches lie on 16 bytes */
 
@@ -77,7 +94,7 @@ struct Attention : Question {
 
   /* Where key j of sequence b lies in a cache. */
   __device__ const Cached *cached(const Heads<const Cached> &cache, int b, int head, int j) const {
-    return cache.at(tables[b * tables_stride + j / block_size], head, j % block_size);
+    return cache.at(tables[b * tables_stride + block_size.quotient(j)], head, block_size.rest(j));
   }
 };
 
@@ -93,11 +110,11 @@ struct Piece {
 };
 
 __device__ inline int query_of(const Question &attention, const Unit &unit, int row) {
-  return (unit.first + row) / attention.group;
+  return attention.group.quotient(unit.first + row);
 }
 
 __device__ inline int head_of(const Question &attention, const Unit &unit, int row) {
-  return unit.head * attention.group + (unit.first + row) % attention.group;
+  return unit.head * attention.group.by + attention.group.rest(unit.first + row);
 }
 
 /* Keys that any row of the unit sees: both ends grow with the query. */
@@ -133,7 +150,7 @@ template <int kRows = kUnitRows, unsigned kThreads = kAttentionThreads>
 class Schedule {
  public:
   __device__ static int num_rows(const Question &attention, int b) {
-    return attention.num_queries(b) * attention.group;
+    return attention.num_queries(b) * attention.group.by;
   }
 
   __device__ static bool is_cut_by_splits(const Question &attention, int b) {

@@ -1,11 +1,11 @@
-/* Attention of prompts on sm_90a. A block owns units of 128 rows of one sequence and key head: one warp has the copy engine bring
+/* Attention of prompts on sm_90a. A block owns units of 128 rows of one sequence and key head: four warps have the copy engine bring
  * tiles of 64 keys and values, block by block of the cache, through a ring in shared memory; two groups of four warps multiply 64
  * rows each (wgmma), their scores and weighted values in registers, the sums of earlier splits in shared memory. While a group works
  * on a tile's softmax, its products with the values of the tile before are on their way. Bound by the matrix units.
  *
  * Scores, weights and values are summed in the order of attention_tiles.cuh. */
 #pragma once
-#include "cuda/attention_problem.cuh"
+#include "cuda/attention_boxes_sm90.cuh"
 #include "cuda/attention_state.cuh"
 #include "cuda/ring_sm90.cuh"
 
@@ -14,8 +14,7 @@ namespace lmi::cuda {
 constexpr int kGroupRows = 64, kRowGroups = 2, kPromptRows = kRowGroups * kGroupRows;
 constexpr unsigned kPromptThreads = ptx::kGroupThreads * (1 + kRowGroups);
 constexpr int kRingTiles = 6; /* keys of tile i are step 2i, its values step 2i + 1; steps go on from unit to unit */
-constexpr int kPanel = 64, kPanelRow = 128;               /* columns of D whose rows lie together in shared memory; their bytes */
-constexpr int kLoaderRegisters = 24, kRowRegisters = 240; /* of a thread; 64 K in all */
+constexpr int kLoaderRegisters = 40, kRowRegisters = 232; /* of a thread; 64 K in all */
 
 /* kPadded: D filled up to 64 or 128. */
 template <class T, int kPadded>
@@ -27,51 +26,41 @@ struct PromptShape {
   static constexpr int kSharedBytes = kRingTiles * kTileBytes + kRowGroups * (kQueryBytes + kTotalBytes);
 };
 
-/* The part of a cache's block that one copy brings: 64 columns of `rows` tokens, which divide a tile. */
-struct Boxes {
-  TensorMap keys, values;
-  int rows, num_blocks;
-};
+/* ---- warps that load ---- */
 
-/* ---- the warp that loads ---- */
-
+/* One of four: two have the even steps copied, keys, and two the odd ones, values. */
 template <class T, int kPadded>
 class TileLoader {
   using Tiles = PromptShape<T, kPadded>;
+  static constexpr int kLoaders = 2; /* of each */
 
  public:
-  __device__ TileLoader(const Attention<T> &attention, const Boxes &boxes, const Ring<kRingTiles> &ring, uint32_t landed)
-      : attention_(attention), boxes_(boxes), ring_(ring), landed_(landed) {}
+  /* landed: see below, for values */
+  __device__ TileLoader(const Attention<T> &attention, const Boxes &boxes, const Ring<kRingTiles> &ring, uint32_t landed, int number)
+      : attention_(attention), boxes_(boxes), copies_(attention, boxes.rows, number % kLoaders, kLoaders), ring_(ring), landed_(landed), number_(number), step_(number / kLoaders) {}
 
   __device__ void load(const Piece &piece) {
     const UnitTiles tiles(attention_, piece);
-    for (int tile = 0; tile < tiles.num; ++tile) {
+    const auto load_with = [&](const BoxCopies<kPadded> &copies, const TensorMap &map, int first_key, uint32_t barrier) {
+      const int block = copies.block_of(piece.unit.sequence, first_key, tiles.needed, boxes_.num_blocks);
+      ring_.await_empty(step_);
+      copies.load(map, piece.unit.head, block, first_key, ring_.place(step_), barrier);
+    };
+    for (int tile = 0; tile < tiles.num; ++tile, step_ += 2) {
       const int first_key = (tiles.first + tile) * kTile;
-      ring_.await_empty(step_);
-      load_boxes(boxes_.keys, piece.unit, first_key, tiles.needed, ring_.full(step_));
-      ++step_;
-      ring_.await_empty(step_);
       const bool is_whole = first_key >= tiles.needed.first && first_key + kTile <= tiles.needed.last;
-      load_boxes(boxes_.values, piece.unit, first_key, tiles.needed, is_whole ? ring_.full(step_) : landed_);
-      if (!is_whole) clear_unneeded(first_key, tiles.needed);
-      ++step_;
+      if (number_ < kLoaders) {
+        load_with(copies_, boxes_.keys, first_key, ring_.full(step_));
+      } else if (is_whole) {
+        load_with(copies_, boxes_.values, first_key, ring_.full(step_));
+      } else if (number_ == kLoaders) {
+        load_with(BoxCopies<kPadded>(attention_, boxes_.rows, 0, 1), boxes_.values, first_key, landed_);
+        clear_unneeded(first_key, tiles.needed);
+      }
     }
   }
 
  private:
-  /* A lane has one box copied; none of a block that nobody needs, which may not be there: beyond the cache all is 0. */
-  __device__ void load_boxes(const TensorMap &map, const Unit &unit, int first_key, Range needed, uint32_t barrier) const {
-    const int lane = threadIdx.x % 32, boxes = kTile / boxes_.rows, row = lane % boxes * boxes_.rows, panel = lane / boxes;
-    if (lane == 0) ptx::arrive_expecting(barrier, Tiles::kTileBytes);
-    if (panel >= Tiles::kPanels) return;
-    const int key = first_key + row;
-    const bool is_needed = key < needed.last && key + boxes_.rows > needed.first;
-    const int *const table = attention_.tables + unit.sequence * attention_.tables_stride;
-    const int block = is_needed ? table[key / attention_.block_size] : boxes_.num_blocks;
-    const int at[] = {panel * kPanel, key % attention_.block_size, unit.head, block};
-    ptx::copy_box(ring_.place(step_) + (panel * kTile + row) * kPanelRow, map, at, barrier);
-  }
-
   /* Values of keys that no row sees become 0, for whatever lies there would be multiplied by 0; then the tile is full. */
   __device__ void clear_unneeded(int first_key, Range needed) {
     const int lane = threadIdx.x % 32;
@@ -88,9 +77,11 @@ class TileLoader {
 
   const Attention<T> &attention_;
   const Boxes &boxes_;
+  const BoxCopies<kPadded> copies_;
   const Ring<kRingTiles> &ring_;
-  const uint32_t landed_; /* barrier that tells this warp of a tile which it wants to touch first */
-  int step_ = 0, landed_phase_ = 0;
+  const uint32_t landed_; /* barrier that tells one warp of a tile which it wants to touch first, and has copied alone */
+  const int number_;
+  int step_, landed_phase_ = 0;
 };
 
 /* ---- a group of four warps at its 64 rows; a thread's view ---- */
@@ -136,16 +127,8 @@ class RowGroup {
       ptx::copy_async(ptx::shared_address(place(row, chunk)), from, exists ? 16 : 0);
     }
     ptx::commit_copies();
-    for (int r = 0; r < 2; ++r) {
-      const int of_unit = min(group_ * kGroupRows + warp_ * 16 + lane_ / 4 + 8 * r, unit.rows - 1); /* one too many does as the last does */
-      const int query = query_of(attention_, unit, of_unit);
-      position_[r] = attention_.position(unit.sequence, query);
-      head_[r] = head_of(attention_, unit, of_unit);
-    }
-    num_keys_ = attention_.key_lengths[unit.sequence];
-    const int first_row = min(group_ * kGroupRows, unit.rows - 1), last_row = min((group_ + 1) * kGroupRows, unit.rows) - 1;
-    seen_by_all_ = {attention_.seen(unit.sequence, query_of(attention_, unit, last_row)).first,
-                    attention_.seen(unit.sequence, query_of(attention_, unit, first_row)).last};
+    const int first_row = group_ * kGroupRows;
+    rows_ = ScoredRows(attention_, unit, first_row + warp_ * 16 + lane_ / 4, {first_row, first_row + kGroupRows});
     ptx::wait_copies<0>();
     ptx::fence_async();
     sync_group();
@@ -163,9 +146,9 @@ class RowGroup {
     ptx::wait_products<0>();
     ptx::hold_registers(scores);
     ring_.release(step_);
-    score(scores, tiles.first * kTile);
+    rows_.score(attention_, scores, tiles.first * kTile);
     part.weigh(scores, keep); /* nothing is there to keep */
-    round_weights(scores, weights);
+    round_weights<T>(scores, weights);
     for (int tile = 1; tile < tiles.num; ++tile) {
       const int step = step_ + 2 * tile;
       multiply_keys(step, scores);
@@ -176,13 +159,12 @@ class RowGroup {
       const bool begins_split = (tiles.first + tile) % (kSplit / kTile) == 0;
       Softmax next = part;
       if (begins_split) next.clear();
-      score(scores, (tiles.first + tile) * kTile);
+      rows_.score(attention_, scores, (tiles.first + tile) * kTile);
       next.weigh(scores, keep);
-      ptx::wait_products<0>();
-      ptx::hold_registers(part.values);
-      ptx::hold_registers(weights);
-      ring_.release(step - 1);
+      ptx::hold_registers(scores);
+      /* The wait stands behind a branch, for within one block of code the compiler has the softmax wait for the products, too. */
       if (begins_split) {
+        await_values(step - 1, weights, part.values);
         merge(total, is_first_split, part);
         is_first_split = false;
         for_values(part, [&](float &value, int i) {
@@ -190,15 +172,14 @@ class RowGroup {
           value = 0.0f;
         });
       } else {
+        await_values(step - 1, weights, part.values);
         part.scale(keep);
       }
       static_cast<Softmax &>(part) = next;
-      round_weights(scores, weights);
+      round_weights<T>(scores, weights);
     }
     add_values(step_ + 2 * tiles.num - 1, weights, part.values);
-    ptx::wait_products<0>();
-    ptx::hold_registers(part.values);
-    ring_.release(step_ + 2 * tiles.num - 1);
+    await_values(step_ + 2 * tiles.num - 1, weights, part.values);
     merge(total, is_first_split, part);
     static_cast<Softmax &>(part) = total;
   }
@@ -252,38 +233,11 @@ class RowGroup {
     ptx::commit_products();
   }
 
-  /* Products become scores; those that a row does not see, -infinity. */
-  __device__ void score(float (&scores)[8][4], int first_key) const {
-    if (attention_.has_plain_scores()) for_scores(scores, [&](float &score, int, int) { score = attention_.plain_score(score); });
-    else for_scores(scores, [&](float &score, int r, int i) { score = attention_.score(score, head_[r], first_key + i - position_[r]); });
-    if (first_key >= seen_by_all_.first && first_key + kTile <= seen_by_all_.last) return;
-    const Range seen[2] = {attention_.seen_from(position_[0], num_keys_), attention_.seen_from(position_[1], num_keys_)};
-    for_scores(scores, [&](float &score, int r, int column) {
-      const int key = first_key + column;
-      if (key < seen[r].first || key >= seen[r].last) score = -INFINITY;
-    });
-  }
-
-  /* fn(score, which of the lane's rows, key in the tile) */
-  template <class Function>
-  __device__ __forceinline__ void for_scores(float (&scores)[8][4], Function fn) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) fn(scores[i / 2][2 * r + i % 2], r, i / 2 * 8 + lane_ % 4 * 2 + i % 2);
-    }
-  }
-
-  /* As the left side of products, 16 keys at a time. */
-  __device__ static void round_weights(const float (&scores)[8][4], uint32_t (&weights)[kTile / 16][4]) {
-#pragma unroll
-    for (int k = 0; k < kTile / 16; ++k) {
-      const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
-      weights[k][0] = pair_of<T>(low[0], low[1]);
-      weights[k][1] = pair_of<T>(low[2], low[3]);
-      weights[k][2] = pair_of<T>(high[0], high[1]);
-      weights[k][3] = pair_of<T>(high[2], high[3]);
-    }
+  __device__ __forceinline__ void await_values(int step, uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
+    ptx::wait_products<0>();
+    ptx::hold_registers(values);
+    ptx::hold_registers(weights);
+    ring_.release(step);
   }
 
   /* ---- results ---- */
@@ -320,8 +274,8 @@ class RowGroup {
   T *const queries_;
   float *const total_; /* the thread's values of the splits that are done, kGroupThreads apart */
   const int group_, lane_, warp_;
-  int step_ = 0, num_keys_, position_[2], head_[2];
-  Range seen_by_all_; /* keys that all rows of the group see */
+  int step_ = 0;
+  ScoredRows rows_;
 };
 
 /* ---- the kernel ---- */
@@ -343,8 +297,7 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt_kernel(Attention<T> 
   const int last = schedule.num_pieces() - 1 - static_cast<int>(blockIdx.x);
   if (threadIdx.x < ptx::kGroupThreads) {
     ptx::give_registers<kLoaderRegisters>();
-    if (threadIdx.x >= 32) return;
-    TileLoader<T, kPadded> loader(attention, boxes, ring, ptx::shared_address(&landed));
+    TileLoader<T, kPadded> loader(attention, boxes, ring, ptx::shared_address(&landed), threadIdx.x / 32);
     for (int index = last; index >= 0; index -= gridDim.x) loader.load(schedule.piece(attention, index));
   } else {
     ptx::take_registers<kRowRegisters>();
@@ -355,25 +308,6 @@ __global__ void __launch_bounds__(kPromptThreads, 1) prompt_kernel(Attention<T> 
     for (int index = last; index >= 0; index -= gridDim.x) rows.attend(schedule.piece(attention, index));
   }
 #endif
-}
-
-/* ---- which prompts ---- */
-
-/* Whether sequences with many rows (Schedule) go to prompt_kernel: on a device that has it, bf16 or fp16 with a cache of the same, D
- * up to 128 (a state of 64 rows in registers), all tensors on borders of 16 bytes, and blocks of 8, 16, 32 or a multiple of 64
- * tokens, whose rows fill a swizzle. */
-inline bool are_prompts_for_sm90(const lmi_attention_args &args) {
-  const int64_t block_size = args.k_cache.size[2];
-  const bool fits_tiles = block_size % kTile == 0 || (block_size >= 8 && kTile % block_size == 0);
-  const bool is_of_halves = args.q.dtype != LMI_F32 && args.k_cache.dtype == args.q.dtype;
-  return has_sm90a() && is_of_halves && args.q.size[2] <= 128 && fits_tiles && args.k_cache.size[0] > 0 &&
-         is_wide({&args.out, &args.q, &args.k_cache, &args.v_cache});
-}
-
-inline Boxes boxes_of(const lmi_attention_args &args) {
-  const int rows = static_cast<int>(std::min<int64_t>(args.k_cache.size[2], kTile));
-  return {tensor_map(args.k_cache, {1, 1, rows, kPanel}), tensor_map(args.v_cache, {1, 1, rows, kPanel}), rows,
-          static_cast<int>(args.k_cache.size[0])};
 }
 
 }  // namespace lmi::cuda

@@ -15,6 +15,62 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
   return bits;
 }
 
+/* How the lane's two rows see a tile of keys. */
+struct ScoredRows {
+  int position[2], head[2], num_keys;
+  Range seen_by_all; /* keys that each of some rows sees, the lane's among them */
+
+  ScoredRows() = default;
+
+  /* row: the lane's first one in the unit; the other is 8 further. all: the rows of seen_by_all. Rows that a unit has not do as its last
+   * does. */
+  __device__ ScoredRows(const Question &attention, const Unit &unit, int row, Range all) : num_keys(attention.key_lengths[unit.sequence]) {
+    const auto query = [&](int r) { return query_of(attention, unit, min(r, unit.rows - 1)); };
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      position[r] = attention.position(unit.sequence, query(row + 8 * r));
+      head[r] = head_of(attention, unit, min(row + 8 * r, unit.rows - 1));
+    }
+    seen_by_all = {attention.seen(unit.sequence, query(all.last - 1)).first, attention.seen(unit.sequence, query(all.first)).last};
+  }
+
+  /* Products with 64 keys from first_key on become scores; those that a row does not see, -infinity. */
+  __device__ __forceinline__ void score(const Question &attention, float (&scores)[8][4], int first_key) const {
+    if (attention.has_plain_scores()) for_each(scores, [&](float &score, int, int) { score = attention.plain_score(score); });
+    else for_each(scores, [&](float &score, int r, int column) { score = attention.score(score, head[r], first_key + column - position[r]); });
+    if (first_key >= seen_by_all.first && first_key + kTile <= seen_by_all.last) return;
+    const Range seen[2] = {attention.seen_from(position[0], num_keys), attention.seen_from(position[1], num_keys)};
+    for_each(scores, [&](float &score, int r, int column) {
+      const int key = first_key + column;
+      if (key < seen[r].first || key >= seen[r].last) score = -INFINITY;
+    });
+  }
+
+ private:
+  /* fn(score, which of the lane's rows, key in the tile) */
+  template <class Function>
+  __device__ static __forceinline__ void for_each(float (&scores)[8][4], Function fn) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) fn(scores[i / 2][2 * r + i % 2], r, i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2);
+    }
+  }
+};
+
+/* A tile's scores as the left side of products with its values, 16 keys at a time. */
+template <class T>
+__device__ __forceinline__ void round_weights(const float (&scores)[8][4], uint32_t (&weights)[kTile / 16][4]) {
+#pragma unroll
+  for (int k = 0; k < kTile / 16; ++k) {
+    const float(&low)[4] = scores[2 * k], (&high)[4] = scores[2 * k + 1];
+    weights[k][0] = pair_of<T>(low[0], low[1]);
+    weights[k][1] = pair_of<T>(low[2], low[3]);
+    weights[k][2] = pair_of<T>(high[0], high[1]);
+    weights[k][3] = pair_of<T>(high[2], high[3]);
+  }
+}
+
 /* Of the lane's two rows: greatest score and sum of weights so far. */
 struct Softmax {
   float max[2], sum[2];

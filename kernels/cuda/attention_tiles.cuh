@@ -29,6 +29,30 @@ struct TileShape {
   static_assert(kSharedBytes <= 96 << 10, "what every GPU has for a block");
 };
 
+/* The lane's two rows of q as the left side of products, 16 of D at a time; 0 beyond D and beyond the unit's rows. kWidth: numbers
+ * read at once, 2 or 1. */
+template <int kPadded, int kWidth, class T, class Cached>
+__device__ __forceinline__ void read_queries(const Attention<T, Cached> &attention, const Unit &unit, uint32_t (&to)[kPadded / 16][4]) {
+  const int lane = threadIdx.x % 32, first = attention.starts[unit.sequence];
+  const T *from[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    from[r] = row < unit.rows ? attention.q.at(first + query_of(attention, unit, row), head_of(attention, unit, row)) : nullptr;
+  }
+#pragma unroll
+  for (int k = 0; k < kPadded / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T *const row = from[i % 2];
+      const int d = k * 16 + i / 2 * 8 + lane % 4 * 2;
+      to[k][i] = 0;
+      if (!row || d >= attention.size) continue;
+      const Pack<T, 2> pair = kWidth == 2 ? load_pack<2>(row + d) : Pack<T, 2>{{row[d], row[d + 1]}};
+      memcpy(&to[k][i], &pair, sizeof pair);
+    }
+  }
+}
 
 /* One unit at work; a thread's view. */
 template <class T, class Cached, int kPadded>
@@ -54,7 +78,7 @@ class UnitAtWork {
       position_[r] = attention.position(unit_.sequence, query);
       head_[r] = head_of(attention, unit_, row);
     }
-    read_queries();
+    read_queries<kPadded, 1>(attention, unit_, q_);
   }
 
   /* Leaves the unit's state in `total`; all threads of the block must call. */
@@ -62,6 +86,7 @@ class UnitAtWork {
     State part;
     total.clear();
     part.clear();
+    find_blocks(0);
     for (int step = 0; step < Tiles::kAhead; ++step) stage(step);
     for (int tile = 0; tile < num_tiles_; ++tile) {
       if (tile > 0 && (first_tile_ + tile) % (kSplit / kTile) == 0) {
@@ -93,23 +118,41 @@ class UnitAtWork {
    * banks. */
   __device__ static int offset(int row, int chunk) { return row * kPadded + (chunk ^ (row & 7)) * 8; }
 
-  __device__ void stage(int step) const {
+  /* A thread copies the same column of each kRowsApart-th row of every tile. */
+  static constexpr int kCopies = kPadded / Tiles::kEach, kRowsApart = kAttentionThreads / kCopies, kRows = kTile / kRowsApart;
+  __device__ static int row_of(int i) { return threadIdx.x / kCopies + i * kRowsApart; }
+
+  __device__ bool is_needed(int key) const { return key >= needed_.first && key < needed_.last; }
+
+  /* Blocks of the thread's rows, asked for half a tile before stage needs them. */
+  __device__ void find_blocks(int tile) {
+    const int *const table = attention_.tables + unit_.sequence * attention_.tables_stride;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int key = (first_tile_ + tile) * kTile + row_of(i);
+      blocks_[i] = is_needed(key) ? table[attention_.block_size.quotient(key)] : 0;
+    }
+  }
+
+  __device__ void stage(int step) {
     if (step < 2 * num_tiles_) {
-      constexpr int kCopies = kPadded / Tiles::kEach; /* of a row */
       const Heads<const Cached> &cache = step % 2 ? attention_.v_cache : attention_.k_cache;
-      const int first_key = (first_tile_ + step / 2) * kTile;
-      for (int i = threadIdx.x; i < kTile * kCopies; i += kAttentionThreads) {
-        const int row = i / kCopies, column = i % kCopies * Tiles::kEach, key = first_key + row;
-        const bool exists = key >= needed_.first && key < needed_.last && column < attention_.size;
-        stage_chunk(slot(step) + (Tiles::kIsWidened ? row * kPadded + column : offset(row, column / 8)), cache, key, column, exists);
+      const int first_key = (first_tile_ + step / 2) * kTile, column = threadIdx.x % kCopies * Tiles::kEach;
+      const Cached *const of_head = cache.at(0, unit_.head) + column;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = row_of(i), key = first_key + row;
+        const bool exists = is_needed(key) && column < attention_.size;
+        const Cached *const from = of_head + blocks_[i] * cache.strides[0] + attention_.block_size.rest(key) * cache.strides[2];
+        stage_chunk(slot(step) + (Tiles::kIsWidened ? row * kPadded + column : offset(row, column / 8)), exists ? from : cache.data, column, exists);
       }
+      if (step % 2) find_blocks(step / 2 + 1);
     }
     ptx::commit_copies(); /* of nothing beyond the last tile, so that a group is a step */
   }
 
   /* 16 bytes of a key, or zeros. */
-  __device__ void stage_chunk(Cached *to, const Heads<const Cached> &cache, int key, int column, bool exists) const {
-    const Cached *const from = exists ? attention_.cached(cache, unit_.sequence, unit_.head, key) + column : cache.data;
+  __device__ void stage_chunk(Cached *to, const Cached *from, int column, bool exists) const {
     if (attention_.is_aligned) {
       ptx::copy_async(ptx::shared_address(to), from, exists ? 16 : 0);
       return;
@@ -118,7 +161,7 @@ class UnitAtWork {
   }
 
   /* This step's tile once it is there for all threads; what they have read makes room for another. */
-  __device__ T *await(int step) const {
+  __device__ T *await(int step) {
     ptx::wait_copies<Tiles::kAhead - 1>();
     __syncthreads();
     stage(step + Tiles::kAhead);
@@ -145,23 +188,6 @@ class UnitAtWork {
   }
 
   /* ---- scores ---- */
-
-  /* The lane's two rows of q as the left side of products, 16 of D at a time; 0 beyond D and beyond the unit's rows. */
-  __device__ void read_queries() {
-    const int first = attention_.starts[unit_.sequence];
-#pragma unroll
-    for (int k = 0; k < kPadded / 16; ++k) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int row = lane_ / 4 + r % 2 * 8, d = k * 16 + r / 2 * 8 + lane_ % 4 * 2;
-        q_[k][r] = 0;
-        if (row >= unit_.rows || d >= attention_.size) continue;
-        const T *const from = attention_.q.at(first + query_of(attention_, unit_, row), head_of(attention_, unit_, row)) + d;
-        const Pack<T, 2> pair{{from[0], from[1]}};
-        memcpy(&q_[k][r], &pair, sizeof pair);
-      }
-    }
-  }
 
   /* Scores of this warp's 16 keys, for all rows. */
   __device__ void score_keys(T *keys, int tile) const {
@@ -236,7 +262,7 @@ class UnitAtWork {
   char *const memory_;
   const int lane_, warp_;
   Range needed_, seen_[2] = {};
-  int first_tile_, num_tiles_, position_[2] = {}, head_[2] = {};
+  int first_tile_, num_tiles_, position_[2] = {}, head_[2] = {}, blocks_[kRows];
   uint32_t q_[kPadded / 16][4];
 };
 
@@ -252,10 +278,9 @@ struct PieceStates {
   __device__ float *values(int piece, int row) const { return data + int64_t{piece} * kFloats + 2 * kUnitRows + row * kPadded; }
 };
 
-/* fn(row, column, value, r) for each of the lane's values of rows and columns that exist. */
-template <int kPadded, class State, class Function>
+/* fn(row, column, value, r) for each of the lane's values of rows and columns that exist. kColumns: of D that a warp has. */
+template <int kColumns, class State, class Function>
 __device__ void for_values(const Question &attention, const Unit &unit, const State &state, Function fn) {
-  constexpr int kColumns = kPadded / 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
@@ -267,17 +292,17 @@ __device__ void for_values(const Question &attention, const Unit &unit, const St
   }
 }
 
-template <int kPadded, class T, class Cached, class State>
+template <int kColumns, class T, class Cached, class State>
 __device__ void write_out(const Attention<T, Cached> &attention, const Unit &unit, const State &state) {
-  for_values<kPadded>(attention, unit, state, [&](int row, int column, float value, int r) {
+  for_values<kColumns>(attention, unit, state, [&](int row, int column, float value, int r) {
     const int token = attention.starts[unit.sequence] + query_of(attention, unit, row);
     attention.out.at(token, head_of(attention, unit, row))[column] = from_float<T>(attention.result(value, state.sum[r]));
   });
 }
 
-template <int kPadded, class State>
+template <int kColumns, int kPadded, class State>
 __device__ void write_state(const Question &attention, const Unit &unit, const State &state, PieceStates<kPadded> states, int piece) {
-  for_values<kPadded>(attention, unit, state, [&](int row, int column, float value, int) { states.values(piece, row)[column] = value; });
+  for_values<kColumns>(attention, unit, state, [&](int row, int column, float value, int) { states.values(piece, row)[column] = value; });
   if (threadIdx.x % 4 != 0 || threadIdx.x >= 32) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -299,49 +324,80 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     const Range all = splits_of(attention, piece.unit.sequence);
     typename UnitAtWork<T, Cached, kPadded>::State state;
     UnitAtWork<T, Cached, kPadded>(attention, piece, memory).attend(state);
-    if (by_splits && all.last - all.first > 1) write_state<kPadded>(attention, piece.unit, state, states, index);
-    else write_out<kPadded>(attention, piece.unit, state);
+    if (by_splits && all.last - all.first > 1) write_state<kPadded / 4>(attention, piece.unit, state, states, index);
+    else write_out<kPadded / 4>(attention, piece.unit, state);
   }
 }
 
 /* The sequence of a token: the last that begins at or before it. */
-__device__ inline int sequence_of(const Question &attention, int token) {
+__device__ inline int sequence_of(const int *starts, int num_sequences, int token) {
   int b = 0;
   for (int step = kMaxSequences / 2; step > 0; step /= 2) {
-    if (b + step < attention.num_sequences && attention.starts[b + step] <= token) b += step;
+    if (b + step < num_sequences && starts[b + step] <= token) b += step;
   }
   return b;
 }
 
-/* A warp owns a row whose splits were pieces of their own, and merges them in ascending order. */
+/* Of 32 splits, one a lane: factors of what was there before and of the split itself, which Merge would find one after the other. */
+struct Factors {
+  float keep, add, sum;
+
+  /* max: the greatest score so far, of all lanes; -infinity: no key was seen */
+  __device__ Factors(float part_max, float part_sum, float &max) : sum(part_sum) {
+    const int lane = threadIdx.x % 32;
+    float upto = part_sum == 0.0f ? -INFINITY : part_max;
+    if (lane == 0) upto = fmaxf(upto, max);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, upto, lanes);
+      if (lane >= lanes) upto = fmaxf(upto, other);
+    }
+    const float other = __shfl_up_sync(0xffffffffu, upto, 1), before = lane == 0 ? max : other;
+    keep = before == -INFINITY ? 0.0f : exp2f(before - upto);
+    add = part_sum == 0.0f ? 0.0f : exp2f(part_max - upto);
+    max = __shfl_sync(0xffffffffu, upto, 31);
+  }
+};
+
+/* A warp owns 32 columns of a row whose splits were pieces of their own, and merges them in ascending order, up to 32 on their way at
+ * a time. */
 template <class T, int kPadded>
 __global__ void __launch_bounds__(kAttentionThreads) merge_kernel(Question attention, Heads<T> outs, PieceStates<kPadded> states) {
-  const Schedule<> schedule(attention, true);
-  const int lane = threadIdx.x % 32, num_warps = gridDim.x * kAttentionThreads / 32;
-  const int first = attention.starts[0], num_rows = (attention.starts[attention.num_sequences] - first) * attention.num_heads;
-  for (int i = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32; i < num_rows; i += num_warps) {
-    const int token = first + i / attention.num_heads, head = i % attention.num_heads, b = sequence_of(attention, token);
+  using Starts = int[kMaxSequences];
+  LMI_SHARED(Starts, starts);
+  for (int b = threadIdx.x; b < attention.num_sequences; b += kAttentionThreads) starts[b] = attention.starts[b];
+  const Schedule<> schedule(attention, true); /* meets all threads */
+  constexpr int kParts = kPadded / 32, kAtOnce = 32;
+  const int lane = threadIdx.x % 32, num_warps = gridDim.x * kAttentionThreads / 32, first_token = starts[0];
+  const int num_rows = (attention.starts[attention.num_sequences] - first_token) * attention.num_heads;
+  for (int i = blockIdx.x * kAttentionThreads / 32 + threadIdx.x / 32; i < num_rows * kParts; i += num_warps) {
+    const int token = first_token + i / kParts / attention.num_heads, head = i / kParts % attention.num_heads, column = i % kParts * 32 + lane;
+    const int b = sequence_of(starts, attention.num_sequences, token);
     const Range splits = splits_of(attention, b);
     if (!Schedule<>::is_cut_by_splits(attention, b) || splits.last - splits.first == 1) continue;
-    const int row = (token - attention.starts[b]) * attention.group + head % attention.group;
-    int piece = schedule.index_of(attention, b, head / attention.group, row);
-    float values[kPadded / 32] = {}, sum = 0.0f, max = 0.0f;
-    for (int split = splits.first; split < splits.last; ++split, piece += schedule.splits_apart(attention, b)) {
-      const float part_sum = *states.sum(piece, row % kUnitRows), part_max = *states.max(piece, row % kUnitRows);
-      const Merge both(max, sum, part_max, part_sum);
-      const float *const part = states.values(piece, row % kUnitRows);
+    const int row = (token - starts[b]) * attention.group.by + attention.group.rest(head);
+    const int piece = schedule.index_of(attention, b, attention.group.quotient(head), row), apart = schedule.splits_apart(attention, b);
+    float value = 0.0f, sum = 0.0f, max = -INFINITY;
+    for (int first = 0; first < splits.last - splits.first; first += kAtOnce) {
+      const int num = min(kAtOnce, splits.last - splits.first - first), from = piece + first * apart;
+      float parts[kAtOnce];
 #pragma unroll
-      for (int d = 0; d < kPadded / 32; ++d) {
-        if (d * 32 + lane < attention.size) values[d] = both(values[d], part[d * 32 + lane]);
+      for (int j = 0; j < kAtOnce; ++j) {
+        parts[j] = j < num && column < attention.size ? states.values(from + j * apart, row % kUnitRows)[column] : 0.0f;
       }
-      sum = both(sum, part_sum);
-      max = both.max;
-    }
-    T *const out = outs.at(token, head);
+      const bool has_split = lane < num;
+      const Factors factors(has_split ? *states.max(from + lane * apart, row % kUnitRows) : -INFINITY,
+                            has_split ? *states.sum(from + lane * apart, row % kUnitRows) : 0.0f, max);
 #pragma unroll
-    for (int d = 0; d < kPadded / 32; ++d) {
-      if (d * 32 + lane < attention.size) out[d * 32 + lane] = from_float<T>(attention.result(values[d], sum));
+      for (int j = 0; j < kAtOnce; ++j) {
+        const float keep = __shfl_sync(0xffffffffu, factors.keep, j), add = __shfl_sync(0xffffffffu, factors.add, j);
+        const float part_sum = __shfl_sync(0xffffffffu, factors.sum, j);
+        if (j >= num) continue;
+        value = fmaf(keep, value, add * parts[j]);
+        sum = fmaf(keep, sum, add * part_sum);
+      }
     }
+    if (column < attention.size) outs.at(token, head)[column] = from_float<T>(attention.result(value, sum));
   }
 }
 

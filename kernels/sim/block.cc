@@ -151,6 +151,7 @@ void thread_main() {
 
 void start_threads() {
   Block &b = block();
+  for (unsigned i = 0; i < kMaxThreads; ++i) clear_written(b.threads[i]); /* of a larger block before, too */
   for (unsigned i = 0; i < b.num_threads; ++i) {
     Thread &thread = b.threads[i];
     thread.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
@@ -164,7 +165,6 @@ void start_threads() {
     thread.copies.clear();
     thread.products.clear();
     thread.late.clear();
-    clear_written(thread);
     thread.fiber.start(thread_main);
     b.order[i] = order == Order::kReverse ? b.num_threads - 1 - i : i;
   }

@@ -452,10 +452,10 @@ def test_attention_names_bad_buckets(column: str) -> None:
         batch.run(relative_bias=torch.ones(32, 4), max_distance=16)
 
 
-# ---- prompts on sm_90a: a kernel of their own, with the bits of the other ----
+# ---- on sm_90a: kernels of their own for prompts and for few rows, with the bits of the others ----
 
 
-def check_prompts(library: Library, batch: Batch, **options: Any) -> None:
+def check_sm90a(library: Library, kernel: str, batch: Batch, **options: Any) -> None:
     """Bits of the kernel for sm_80, which other tests compare with the twin."""
     expected = batch.run(**options)
 
@@ -463,9 +463,17 @@ def check_prompts(library: Library, batch: Batch, **options: Any) -> None:
         out = batch.run(**options)
         kernels = launched()
 
-    assert "attention of prompts" in kernels
+    assert kernel in kernels
     assert out.isfinite().all()
     assert same_bits(out, expected)
+
+
+def check_prompts(library: Library, batch: Batch, **options: Any) -> None:
+    check_sm90a(library, "attention of prompts", batch, **options)
+
+
+def check_splits(library: Library, batch: Batch, **options: Any) -> None:
+    check_sm90a(library, "attention of splits", batch, **options)
 
 
 @pytest.mark.sim_column
@@ -515,26 +523,83 @@ def test_prompts_on_sm90a_have_keys_of_their_own(library: Library) -> None:
 
 
 @pytest.mark.sim_column
+@by_option
+@pytest.mark.parametrize("dtype", HALVES)
+def test_splits_on_sm90a_have_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """One row and many, of one unit and of three; one split and two, whole and begun; none of a sequence."""
+    check_splits(library, Batch.of((130, 1, 600, 512, 17), (20, 1, 3, 1, 0), dtype=dtype), **options)
+
+
+@pytest.mark.sim_column
 @pytest.mark.parametrize(
-    ("why", "batch"),
-    [
-        ("few rows", Batch.of((80,), (32,), dtype=torch.bfloat16)),
-        ("fp32", Batch.of((80,), (80,))),
-        ("more columns than two states in registers", Batch.of((80,), (80,), size=136, dtype=torch.bfloat16)),
-        ("blocks that do not divide a tile", in_blocks_of(Batch.of((80,), (80,), dtype=torch.bfloat16), 24)),
-        (
-            "rows off 16 bytes",
-            replace(Batch.of((80,), (80,), dtype=torch.bfloat16), q=rand(80, 4, 33, dtype=torch.bfloat16)[..., :32]),
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("heads", "size"), [((1, 1), 8), ((3, 3), 40), ((6, 2), 64), ((7, 1), 72), ((16, 1), 128), ((4, 1), 136), ((2, 2), 256)]
 )
-def test_other_prompts_go_the_way_of_sm80(library: Library, why: str, batch: Batch) -> None:
+def test_splits_on_sm90a_take_heads_and_sizes(library: Library, heads: tuple[int, int], size: int) -> None:
+    check_splits(library, Batch.of((97, 550), (4, 1), heads=heads, size=size, dtype=torch.bfloat16))
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize("block_size", [8, 32, 64, 128])
+def test_splits_on_sm90a_take_blocks_that_fit_tiles(library: Library, block_size: int) -> None:
+    check_splits(library, in_blocks_of(Batch.of((300,), (5,), dtype=torch.bfloat16), block_size), window=190)
+
+
+@pytest.mark.sim_column
+def test_splits_on_sm90a_have_keys_of_their_own(library: Library) -> None:
+    """More queries than keys, none at all, and a window before which blocks are gone and the key next to it is no number."""
+    check_splits(library, Batch.of((5, 0, 200), (30, 8, 7), dtype=torch.bfloat16), causal=False)
+    gone = Batch.of((600, 1100), (4, 1), dtype=torch.bfloat16)
+    for sequence, before in enumerate((600 - 4 - 50, 1100 - 1 - 50)):
+        gone.k_cache[gone.tables[sequence, before // BLOCK_SIZE], :, before % BLOCK_SIZE] = NAN
+        gone.v_cache[gone.tables[sequence, before // BLOCK_SIZE], :, before % BLOCK_SIZE] = NAN
+        gone.tables[sequence, : before // BLOCK_SIZE] = -1
+    check_splits(library, gone, window=50)
+
+
+@pytest.mark.sim_column
+def test_more_than_32_splits_merge_as_those_of_a_prompt(library: Library) -> None:
+    """A prompt's rows merge one split after the other; those of a decode in a kernel of its own, 32 at a time. Scores grow with the
+    keys' numbers, so that no split's weights vanish and the greatest score changes."""
+    slope = {"alibi": torch.tensor([1e-3])}
+    batch = Batch.of((34 * 512 + 100,), (65,), heads=(1, 1), size=8, dtype=torch.bfloat16)
+    decode = replace(batch, q=batch.q[-1:], queries=(1,))
+    expected = batch.run(**slope)[-1:]
+
+    assert same_bits(decode.run(**slope), expected)
+    check_splits(library, decode, **slope)
+
+
+OTHERS = {
+    "fp32": Batch.of((80, 30), (80, 1)),
+    "fp8": Batch.of((80, 30), (80, 1), dtype=torch.bfloat16, cache=FP8),
+    "blocks that do not divide a tile": in_blocks_of(Batch.of((80,), (80,), dtype=torch.bfloat16), 24),
+    "rows off 16 bytes": replace(
+        Batch.of((80, 30), (80, 1), dtype=torch.bfloat16), q=rand(81, 4, 33, dtype=torch.bfloat16)[..., :32]
+    ),
+}
+
+
+@pytest.mark.sim_column
+@pytest.mark.parametrize("batch", OTHERS.values(), ids=OTHERS.keys())
+def test_others_go_the_way_of_sm80(library: Library, batch: Batch) -> None:
     expected = batch.run()
 
     with on_sm90a(library) as launched:
         out = batch.run()
         kernels = launched()
 
-    assert kernels <= {"attention", "attention merge"}, why
+    assert kernels <= {"attention", "attention merge"}
+    assert same_bits(out, expected)
+
+
+@pytest.mark.sim_column
+def test_prompts_of_more_columns_than_two_states_in_registers_go_the_way_of_sm80(library: Library) -> None:
+    batch = Batch.of((80,), (80,), size=136, dtype=torch.bfloat16)
+    expected = batch.run()
+
+    with on_sm90a(library) as launched:
+        out = batch.run()
+        kernels = launched()
+
+    assert "attention of prompts" not in kernels
     assert same_bits(out, expected)
