@@ -13,6 +13,7 @@ import tiny_t5
 import torch
 
 from lmi_dist import Engine, EngineConfig, Follower, ImagePart, Request, SamplingParams, ops
+from lmi_dist.staging import Parcel
 
 NUM_TOKENS = 8
 WAYS: tuple[dict[str, Any], ...] = (
@@ -109,6 +110,49 @@ def test_vision_model_answers_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.
     tiny_llava.save(tiny_llava.build("1.6"), tmp_path, "1.6")
 
     check(tmp_path, [("look: ", ImagePart(tiny_llava.png(60, 33))), "no picture"], monkeypatch)
+
+
+@pytest.mark.parametrize("way", [*WAYS, {"temperature": 0.0}])
+def test_step_waits_for_the_device_once(way: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All copies go their way by themselves, but for the one that the step's tokens come back by."""
+    tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path)
+    fake_cuda.install_with_tensors(monkeypatch)
+    import fake_gpu
+
+    config = {"model": str(tmp_path), "dtype": "fp32", "device": "cuda", "enforce_eager": True, "max_model_len": 160}
+    engine, opened, open = Engine(EngineConfig.of(config)), [], Parcel.open
+    monkeypatch.setattr(Parcel, "open", lambda parcel: (opened.append(parcel), open(parcel))[1])
+    for id in "abc":
+        engine.add(Request(id=id, prompt="The quick", params=SamplingParams(**{"max_tokens": 20, "ignore_eos": True, **way})))
+    while len({output.request_id for output in engine.step()}) < 3:
+        pass
+    fake_gpu.waits.clear()
+    opened.clear()
+
+    outputs = [engine.step() for _ in range(5)]
+
+    assert fake_gpu.waits == []
+    assert len(opened) == 5
+    assert all({output.request_id for output in each} == set("abc") for each in outputs)
+
+
+def test_wait_for_the_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's own test."""
+    import fake_gpu
+
+    there = torch.ones(2, device=fake_gpu.FAKE_GPU)
+    for wait in (
+        lambda: there.tolist(), lambda: there.to("cpu"), lambda: there[0].item(), lambda: torch.ones(2).to(fake_gpu.FAKE_GPU),
+        lambda: there[torch.tensor([1])], lambda: (there < 0).nonzero(), lambda: torch.ones(2).copy_(there),
+    ):  # fmt: skip
+        fake_gpu.waits.clear()
+        wait()
+        assert len(fake_gpu.waits) == 1
+    fake_gpu.waits.clear()
+    torch.ones(2).to(fake_gpu.FAKE_GPU, non_blocking=True)
+    torch.ones(2).copy_(there, non_blocking=True)
+
+    assert fake_gpu.waits == []
 
 
 def test_forgotten_device_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

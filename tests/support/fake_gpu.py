@@ -1,7 +1,8 @@
 """A device that is none: torch's PrivateUse1 under the name "fakegpu", whose tensors lie in the CPU's memory.
 
 Torch treats them as a GPU's: an operation that mixes them with the CPU's tensors fails, and so does reading their memory. So what
-runs on this device brings every tensor to it, and back, by itself. Not faked: that a GPU still works when a call returns.
+runs on this device brings every tensor to it, and back, by itself. Not faked: that a GPU still works when a call returns; but
+`waits` tells what would have waited for that.
 """
 
 from typing import Any
@@ -12,6 +13,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 CPU = torch.device("cpu")
 MAY_MIX = ("copy_", "_copy_from", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_")  # as with CUDA
+
+
+READ = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "repeat_interleave", "unique")  # the host needs their result
+waits: list[str] = []  # each call for which the host would have waited for a GPU
 
 
 class FakeTensor(torch.Tensor):
@@ -32,6 +37,7 @@ class FakeTensor(torch.Tensor):
         return self.held.data_ptr()
 
     def tolist(self) -> Any:
+        waits.append("tolist")
         return self.held.tolist()
 
     def __repr__(self) -> str:
@@ -49,6 +55,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
     if fakes and others and func.overloadpacket.__name__ not in MAY_MIX:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {FAKE_GPU} and cpu")
+    if (
+        fakes
+        and (func.overloadpacket.__name__ in READ or others or (devices and devices[-1] == CPU))
+        and not _is_free(args, kwargs)
+    ):
+        waits.append(str(func))
     args, kwargs = tree_map_only(FakeTensor, lambda fake: fake.held, (args, kwargs))
     args, kwargs = tree_map_only(torch.device, lambda _: CPU, (args, kwargs))
     out = func(*args, **kwargs)
@@ -56,6 +68,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return out
     known = {id(fake.held): fake for fake in fakes}
     return tree_map_only(torch.Tensor, lambda each: known[id(each)] if id(each) in known else FakeTensor(each), out)
+
+
+def _is_free(args: Any, kwargs: Any) -> bool:
+    """Whether a copy was told not to wait."""
+    return bool(kwargs.get("non_blocking")) or args[-1] is True
 
 
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None, **_: Any) -> FakeTensor:
@@ -67,6 +84,8 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, layout: Any = N
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    if not non_blocking:
+        waits.append("copy_")
     source, held = (each.held if isinstance(each, FakeTensor) else each for each in (source, target))
     held.copy_(source)
     return target
