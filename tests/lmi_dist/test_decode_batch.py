@@ -1,12 +1,14 @@
 """A decode step's header holds what the plain batch of the same chunks holds, and inert rows behind it."""
 
+from dataclasses import replace
+
 import driving
 import pytest
 import torch
 
-from lmi_dist.batch import ForwardBatch, build
+from lmi_dist.batch import Chosen, ForwardBatch, build
 from lmi_dist.decode_batch import DecodeBatch, is_decode
-from lmi_dist.plan import Chunk, Plan, Span
+from lmi_dist.plan import PENDING, Chunk, Plan, Span
 
 CACHE = driving.make_cache()
 FIELDS = ("ids", "positions", "rope_lengths", "slots", "starts", "key_lengths", "output_rows", "cross_lengths")
@@ -48,6 +50,21 @@ def test_header_holds_the_encoders_keys() -> None:
 def test_row_takes_over_from_another_sequence() -> None:
     assert_same(header(*CHUNKS[::-1], first=CHUNKS), CHUNKS[::-1])
     assert_same(header(*CROSS[::-1], first=CROSS, has_cross=True), CROSS[::-1])
+
+
+def test_pending_tokens_come_from_where_they_were_chosen() -> None:
+    """In the header and in the plain batch, beside tokens that are known and in whatever order they were chosen."""
+    chunks = tuple(replace(chunk, sequence=i) for i, chunk in enumerate(CHUNKS))
+    pending = (replace(chunks[0], token_ids=(PENDING,)), chunks[1], replace(chunks[2], token_ids=(PENDING,)))
+    chosen = Chosen(torch.tensor([7, 8, 9], dtype=torch.int32), {2: 0, 5: 1, 0: 2})
+    prompt = Chunk(9, (1, 2, 3), 0, (4,), 3, 1)
+    own = DecodeBatch(4, 3, CACHE, has_cross=False)
+
+    own.fill(pending, 4, chosen)
+
+    assert own.batch(4).ids.tolist() == [9, 100, 7, 0]
+    assert build(Plan(0, pending, (prompt,)), CACHE, None, chosen).ids.tolist() == [9, 100, 7, 1, 2, 3]
+    assert build(Plan(0, chunks), CACHE, None, chosen).ids.tolist() == [117, 100, 147]
 
 
 def test_padding_writes_no_key_and_sees_none() -> None:
