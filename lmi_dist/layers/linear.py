@@ -64,7 +64,8 @@ class Linear:
         activation: ops.Activation = "identity",
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """act(y) + residual; residual: [T,F], added before the result is rounded, and in the pass that writes it."""
+        """act(y) + residual; residual: [T,F], added before the result is rounded, and in the pass that writes it. The result may
+        take its place: what is still to be read of it must be read before."""
         if self.split == "outputs":
             return self.weight(x, bias=self.bias, residual=residual, activation=activation, out_dtype=out_dtype)
         bias, residual = (self.bias, residual) if self.link.ranks.rank == 0 else (None, None)  # the sum over ranks holds them once

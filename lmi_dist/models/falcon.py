@@ -67,10 +67,11 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         normed = self.attn_norm(x)
-        attended = self.attn(normed, batch, residual=x)
         if self.is_parallel:
-            return self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x), batch, residual=attended)
+            side = normed if self.mlp_norm is None else self.mlp_norm(x)
+            return self.mlp(side, batch, residual=self.attn(normed, batch, residual=x))
         assert self.mlp_norm is not None, "blocks in a row have a norm each"
+        attended = self.attn(normed, batch, residual=x)
         return self.mlp(self.mlp_norm(attended), batch, residual=attended)
 
 

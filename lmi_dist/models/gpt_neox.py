@@ -41,8 +41,9 @@ class Layer:
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        normed = self.mlp_norm(x) if self.is_parallel else None
         attended = self.attn(self.attn_norm(x), batch, residual=x)
-        return self.mlp(self.mlp_norm(x if self.is_parallel else attended), batch, residual=attended)
+        return self.mlp(self.mlp_norm(attended) if normed is None else normed, batch, residual=attended)
 
 
 class GPTNeoXForCausalLM(Decoder):

@@ -161,8 +161,9 @@ def linear(
 ) -> Tensor:
     """With y = x w^T + bias + addend: act(y) + residual; or, for a gated weight: act(y[:, :F/2]) * y[:, F/2:] + residual.
 
-    x: [T,E] in the weight's dtype; bias: [F]; addend: [T,F]; residual: [T,F] or [T,F/2]; these two in x's dtype or fp32.
-    Sums are in float. Returns [T,F] or [T,F/2] in out_dtype (x's dtype or fp32; default x's).
+    x: [T,E] in the weight's dtype; bias: [F]; addend: [T,F]; residual: [T,F] or [T,F/2], not to be used any more, since the result
+    may take its place; these two in x's dtype or fp32. Sums are in float. Returns [T,F] or [T,F/2] in out_dtype (x's dtype or fp32;
+    default x's).
     Raises KernelError on shapes and dtypes."""
     code = activation_code(activation)
     library = packed.library
@@ -207,7 +208,7 @@ def linear_row_major(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear` by torch's product in x's dtype, which a CUDA graph captures as it does our kernels. What is before the activation
-    is rounded to x's dtype, unless something is fp32; a residual without bias is where the product's sums begin."""
+    is rounded to x's dtype, unless something is fp32; a residual without bias is where the product's sums begin, in its place."""
     shape = packed.shape
     _check(x, shape, addend, residual, out_dtype).check("bias", bias, "F", shape.dtype)
     is_plain = activation == "identity" and not shape.gated
@@ -215,7 +216,8 @@ def linear_row_major(
     dtype = torch.float32 if torch.float32 in (out_dtype, *(term.dtype for term in terms)) else x.dtype
     before = terms if is_plain else terms[: addend is not None]
     if before and bias is None and dtype == x.dtype:
-        y = torch.addmm(before[-1], x, packed.data.t())
+        is_given_away = before[-1] is residual and residual.is_contiguous()
+        y = before[-1].addmm_(x, packed.data.t()) if is_given_away else torch.addmm(before[-1], x, packed.data.t())
         before = before[:-1]
     else:
         y = _product(x, packed.data, bias, dtype)

@@ -305,6 +305,24 @@ def test_torchs_product_finishes_as_the_twin(
 
 
 @pytest.mark.device_column
+def test_torchs_product_takes_its_residuals_place(device: str) -> None:
+    """So that nothing is copied; not where its rows lie apart, nor an addend's."""
+    weight = packed((24, 40), {"w": rand(24, 40, seed=1).to(device)}, torch.float32)
+    x, residual = rand(5, 40).to(device), rand(5, 24, seed=2).to(device)
+    before = residual.clone()
+
+    kept = [
+        ops.linear(x, weight, **{name: given})
+        for name, given in (("addend", residual), ("residual", residual.t().contiguous().t()))
+    ]
+    assert torch.equal(residual, before)
+    out = ops.linear(x, weight, residual=residual)
+
+    assert out.data_ptr() == residual.data_ptr()
+    assert all(torch.equal(each, out) for each in kept)
+
+
+@pytest.mark.device_column
 @pytest.mark.parametrize("num_rows", [0, 1, 33])
 def test_torchs_product_sums_in_fp32_for_logits(device: str, num_rows: int) -> None:
     """What bf16 would round to ties."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import driving
 import pytest
 import tiny_models
+import tiny_t5
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,15 @@ VARIANTS = [
     "mixtral",
     "phi4-mini",
 ]
+OTHERS = [
+    "gpt2",
+    "bloom",
+    "neox-no-attention-bias",
+    "falcon-7b",
+    "falcon-40b",
+    "falcon-shared-key-in-a-row",
+    "mpt",
+]  # residuals of their own
 WAYS = (
     {"temperature": 0.0},
     {"seed": 5, "top_k": 20, "repetition_penalty": 1.2},
@@ -79,7 +89,18 @@ def test_tensor_cores_generate_the_same_alone_and_together(variant: str, tmp_pat
 # ---- torch's product ----
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "gpt2", "bloom"])
+def test_torchs_product_generates_what_transformers_t5_does(tmp_path: Path) -> None:
+    model = tiny_t5.build("flan")
+    prompt, steps = tiny_models.prompt_of(30), 8
+    reference = tiny_t5.refer(model, prompt, steps)
+    runner = driving.make_runner(tiny_t5.save(model, tmp_path, "flan"), "sim")
+
+    courses = driving.run(runner, driving.make_scheduler(runner), {0: prompt}, steps, start=tiny_t5.START)
+
+    assert tuple(courses[0].ids) == reference.ids
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *OTHERS])
 def test_torchs_product_generates_transformers_ids(variant: str, tmp_path: Path) -> None:
     model, references = tiny_models.settled(variant)
     runner = driving.make_runner(tiny_models.save(model, tmp_path), "sim")
