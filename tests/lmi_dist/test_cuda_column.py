@@ -27,15 +27,8 @@ VARIANTS = [
     "mixtral",
     "phi4-mini",
 ]
-OTHERS = [
-    "gpt2",
-    "bloom",
-    "neox-no-attention-bias",
-    "falcon-7b",
-    "falcon-40b",
-    "falcon-shared-key-in-a-row",
-    "mpt",
-]  # residuals of their own
+# of ways of their own with residuals
+OTHERS = ["gpt2", "bloom", "neox-no-attention-bias", "falcon-7b", "falcon-40b", "falcon-shared-key-in-a-row", "mpt", "opt-no-bias"]
 WAYS = (
     {"temperature": 0.0},
     {"seed": 5, "top_k": 20, "repetition_penalty": 1.2},
