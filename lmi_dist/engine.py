@@ -57,6 +57,7 @@ class EngineStats:
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
     lazy_bytes: int  # of the KV pool and working memory, on all ranks: the system hands them out as they are used; 0 on GPUs
+    device: str  # that the ranks run on: cpu or cuda
 
 
 class Engine:
@@ -219,6 +220,7 @@ class Engine:
             num_prefix_query_tokens=scheduler.prefix_query_tokens,
             num_prefix_hit_tokens=scheduler.prefix_hit_tokens,
             lazy_bytes=0 if self.config.device == "cuda" else self._planned_bytes * self._link.ranks.size,
+            device=self.config.device,
         )
 
     @property

@@ -95,6 +95,7 @@ class Host:
         self._turns.hosts.add(self)
         self._settled = asyncio.Event()
         self._grows_to_bytes = 0
+        self.device = "cpu"  # that the worker's ranks run on, or cuda
         self.failure: LmiError | None = None  # why the model has failed for good
         self.started_at = 0.0  # of the worker, seconds since 1970
         self._was_ready = False
@@ -231,7 +232,9 @@ class Host:
         if reply.code >= 300:
             is_final = reply.get_property("error_type") in FINAL_ERRORS
             raise LoadError(reply.message, reply.code) if is_final else WorkerLostError(reply.message)
-        self._grows_to_bytes = group.resident_bytes + await _lazy_bytes(group)
+        stats = await _first_stats(group)
+        self._grows_to_bytes = group.resident_bytes + int(stats.get("lazy_bytes", 0))
+        self.device = str(stats.get("device", "cpu"))
         logger.info("model %s is ready after %.1f s", self.name, time.monotonic() - started)
 
     def _beside(self, promised_mb: int) -> dict[str, str]:
@@ -286,9 +289,9 @@ class Host:
             self._settled.set()
 
 
-async def _lazy_bytes(group: Group) -> int:
-    """What the worker's memory plan has beyond what it holds once it has loaded; 0 from a worker that does not say."""
+async def _first_stats(group: Group) -> dict[str, Any]:
+    """What a worker says once it has loaded: what its memory plan has beyond what it holds, for one; {} from a silent one."""
     try:
-        return int((await group.stats(SILENT_S)).get("lazy_bytes", 0))
+        return await group.stats(SILENT_S)
     except (TimeoutError, asyncio.TimeoutError):
-        return 0
+        return {}

@@ -89,7 +89,8 @@ def _description(model: Served) -> dict[str, Any]:
     version = {"version": model.version} if model.version else {}
     started = datetime.fromtimestamp(host.started_at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     workers = [{"id": host.worker_pid, "startTime": started, "status": MODEL_STATUS[host.state]}] if host.worker_pid else []
-    group = {"device": {"deviceType": "cpu", "deviceId": -1}, "minWorkers": 1, "maxWorkers": 1, "workers": workers}
+    device = {"deviceType": "gpu", "deviceId": 0} if host.device == "cuda" else {"deviceType": "cpu", "deviceId": -1}
+    group = {"device": device, "minWorkers": 1, "maxWorkers": 1, "workers": workers}
     details = {
         "modelName": model.name,
         "modelUrl": model.model_id,

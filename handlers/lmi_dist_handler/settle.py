@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata, util
 from pathlib import Path
 
 from lmi_dist import ConfigError
@@ -83,9 +84,18 @@ def not_built(word: Word, neutral: tuple[str, ...]) -> ConfigError:
 def resolve_degree(words: dict[str, Word], environ: Mapping[str, str]) -> dict[str, Word]:
     key = "option.tensor_parallel_degree"
     if key in words and words[key].value.lower() == "max":
-        degree = 1 if "option.device" in words and words["option.device"].value == "cpu" else max(1, num_visible_gpus(environ))
+        device = words["option.device"].value.lower() if "option.device" in words else "auto"
+        takes_gpus = device == "cuda" or (device == "auto" and can_use_gpus())
+        degree = max(1, num_visible_gpus(environ)) if takes_gpus else 1
         words[key] = replace(words[key], value=str(degree), origin=f"{words[key].origin} (max)")
     return words
+
+
+def can_use_gpus() -> bool:
+    """Whether what is installed here can use any: a torch with CUDA, and our kernels for it. Says nothing of the GPUs."""
+    ops = util.find_spec("lmi_dist.ops")
+    folders = (ops and ops.submodule_search_locations) or ()
+    return not metadata.version("torch").endswith("+cpu") and any((Path(each) / "liblmi_cuda.so").exists() for each in folders)
 
 
 def num_visible_gpus(environ: Mapping[str, str]) -> int:

@@ -116,6 +116,17 @@ def test_registered_model_answers_and_leaves(store: Path) -> None:
     serving(store, check)
 
 
+@pytest.mark.parametrize(("device", "told"), [("cpu", ("cpu", -1)), ("cuda", ("gpu", 0))])
+def test_description_tells_where_the_worker_runs(device: str, told: tuple[str, int], store: Path) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        (described,) = (await client.get("/models/one")).json()
+
+        place = described["models"][0]["workerGroups"][0]["device"]
+        assert (place["deviceType"], place["deviceId"]) == told
+
+    serving(store, check, OPTION_DEVICE=device)
+
+
 def test_description_has_djls_shape_and_scaling_changes_nothing(store: Path) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         (described,) = (await client.get("/models/one")).json()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lmi_dist_handler import load_models, settle
@@ -364,16 +365,33 @@ def test_gpus_that_the_driver_lists_are_counted(tmp_path: Path, monkeypatch: pyt
     assert settle.num_visible_gpus({}) == 2
 
 
-def test_max_means_all_visible_gpus() -> None:
-    model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", CUDA_VISIBLE_DEVICES="0,1")
+@pytest.mark.parametrize(
+    ("device", "can_use", "degree"),
+    [("auto", True, 2), ("auto", False, 1), ("cuda", True, 2), ("cuda", False, 2), ("cpu", True, 1)],
+)
+def test_max_means_all_gpus_that_the_model_would_run_on(
+    device: str, can_use: bool, degree: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they cannot be used device=auto runs on the CPU, and device=cuda says why not."""
+    monkeypatch.setattr(settle, "can_use_gpus", lambda: can_use)
 
-    assert model.engine_config().tensor_parallel_degree == 2
+    model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", OPTION_DEVICE=device, CUDA_VISIBLE_DEVICES="0,1")
+
+    assert model.engine_config().tensor_parallel_degree == degree
 
 
-def test_max_on_the_cpu_is_one() -> None:
-    model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", OPTION_DEVICE="cpu", CUDA_VISIBLE_DEVICES="0,1")
+@pytest.mark.parametrize(
+    ("torch", "library", "can_use"), [("2.13.0", True, True), ("2.13.0", False, False), ("2.13.0+cpu", True, False)]
+)
+def test_gpus_take_a_torch_with_cuda_and_our_library(
+    torch: str, library: bool, can_use: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library:
+        (tmp_path / "liblmi_cuda.so").touch()
+    monkeypatch.setattr(settle.metadata, "version", lambda name: {"torch": torch}[name])
+    monkeypatch.setattr(settle.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
 
-    assert model.engine_config().tensor_parallel_degree == 1
+    assert settle.can_use_gpus() == can_use
 
 
 def test_engine_lets_as_many_wait_as_the_host() -> None:

@@ -50,7 +50,8 @@ def abort(inputs: Input) -> Output:
 
 
 def stats(inputs: Input) -> Output:
-    return Output().add({"busy_s": 0.0, "lazy_bytes": int(properties.get("lazy", 0))})
+    told = {"busy_s": 0.0, "lazy_bytes": int(properties.get("lazy", 0)), "device": properties.get("device", "cpu")}
+    return Output().add(told)
 
 
 async def drain(inputs: Input) -> Output:
