@@ -13,6 +13,34 @@ inline int vocabulary_of(const lmi_tensor &logits) {
   return static_cast<int>(logits.size[1]);
 }
 
+/* fn(logit, id, whether there is one) for a thread's places of a row, ascending, all lanes together. So many are read before the first
+ * is looked at, since a block that has a multiprocessor to itself must keep the memory busy alone. */
+template <class Function>
+__device__ __forceinline__ void for_places(const float *logits, int num, Function fn) {
+  constexpr int kAtOnce = 8;
+  for (int begin = threadIdx.x; begin - static_cast<int>(threadIdx.x) < num; begin += kAtOnce * static_cast<int>(kRowThreads)) {
+    float values[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * static_cast<int>(kRowThreads);
+      values[j] = i < num ? logits[i] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * static_cast<int>(kRowThreads);
+      fn(values[j], i, i < num);
+    }
+  }
+}
+
+/* fn(logit, id) for a thread's places of a row, ascending. */
+template <class Function>
+__device__ __forceinline__ void for_logits(const float *logits, int num, Function fn) {
+  for_places(logits, num, [&](float logit, int id, bool is_there) {
+    if (is_there) fn(logit, id);
+  });
+}
+
 /* A logit and where it stands; the greater wins, of equals the lower id. A NaN beats all. */
 struct Candidate {
   float logit;
@@ -46,7 +74,7 @@ __device__ inline Candidate best_in_block(Candidate mine) {
 /* The greatest logit and the lowest id that has it; every thread of the block gets it. */
 __device__ inline Candidate best_of_row(const float *logits, int num) {
   Candidate best{-INFINITY, num};
-  for (int i = threadIdx.x; i < num; i += kRowThreads) best = better(best, {logits[i], i});
+  for_logits(logits, num, [&](float logit, int id) { best = better(best, {logit, id}); });
   return best_in_block(best);
 }
 

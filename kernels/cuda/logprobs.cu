@@ -24,17 +24,16 @@ __device__ float log_softmax(float logit, float max, double log_sum) {
 
 __device__ double log_sum_of(const float *logits, int num, float max) {
   double sum = 0.0;
-  for (int i = threadIdx.x; i < num; i += kRowThreads) sum += logits[i] == max ? 1.0 : static_cast<double>(expf(logits[i] - max));
+  for_logits(logits, num, [&](float logit, int) { sum += logit == max ? 1.0 : static_cast<double>(expf(logit - max)); });
   return log(sum_in_block(sum));
 }
 
 /* The best of those that come after `last` in descending order. */
 __device__ Candidate next_best(const float *logits, int num, Candidate last) {
   Candidate best{-INFINITY, num};
-  for (int i = threadIdx.x; i < num; i += kRowThreads) {
-    const bool is_after = logits[i] < last.logit || (logits[i] == last.logit && i > last.id);
-    if (is_after) best = better(best, {logits[i], i});
-  }
+  for_logits(logits, num, [&](float logit, int id) {
+    if (logit < last.logit || (logit == last.logit && id > last.id)) best = better(best, {logit, id});
+  });
   return best_in_block(best);
 }
 
@@ -53,7 +52,7 @@ __global__ void logprobs_kernel(LogProbs wanted) {
   const double log_sum = log_sum_of(logits, num, first.logit);
   const float logit = logits[id];
   int larger = 0;
-  for (int i = threadIdx.x; i < num; i += kRowThreads) larger += logits[i] > logit;
+  for_logits(logits, num, [&](float other, int) { larger += other > logit; });
   larger = sum_in_block(larger);
   if (threadIdx.x == 0) wanted.values[row] = log_softmax(logit, first.logit, log_sum);
   if (threadIdx.x == 0) wanted.ranks[row] = larger;

@@ -1,7 +1,8 @@
 /* The choice of a token. A block owns a row and sorts nothing: the borders of top-k, top-p and typical-p are found digit by digit
  * in the keys' bits, from sums of weights per digit in shared memory. The sums are integers (weights times 2^40), so that they do
- * not depend on the order in which threads add. What is left out is not removed but known by its borders (Left). A row that cannot
- * be drawn from gets the id -1. Bound by the second-level cache, where the row stays: about four readings a filter. */
+ * not depend on the order in which threads add. Most of a row's keys begin alike, and atomics on one place wait for each other: what
+ * a warp has for one digit is summed before it is added. What is left out is not removed but known by its borders (Left). A row that
+ * cannot be drawn from gets the id -1. Bound by the second-level cache, where the row stays: about four readings a filter. */
 #include "cuda/logits.cuh"
 #include "cuda/operations.cuh"
 
@@ -41,40 +42,72 @@ struct Left {
 /* Bits that ascend as non-negative floats do, infinity included. */
 __device__ __forceinline__ unsigned key_of(float size) { return __float_as_uint(size) & 0x7fffffffu; }
 
-/* The digit whose sums, added in ascending order to `below`, first reach `wanted`; the greatest non-empty one if they do not. below
- * becomes what was added before it. */
-__device__ int find_digit(const unsigned long long *sums, unsigned long long &below, unsigned long long wanted) {
+constexpr int kDigitsOfWarp = 32, kWarps = kDigits / kDigitsOfWarp;
+
+struct Sums {
+  unsigned long long of_digit[kDigits], of_warp[kWarps]; /* the latter of 32 digits each */
+};
+
+/* Which of the sums, added in ascending order to `below`, first reaches `wanted`; the last that is not 0 if none does. below becomes
+ * what was added before it. */
+__device__ int first_to_reach(const unsigned long long *sums, int num, unsigned long long &below, unsigned long long wanted) {
   int last = 0;
   unsigned long long sum = below, before_last = below;
-  for (int digit = 0; digit < kDigits; ++digit) {
-    if (sums[digit] == 0) continue;
-    last = digit;
+  for (int i = 0; i < num; ++i) {
+    if (sums[i] == 0) continue;
+    last = i;
     before_last = sum;
-    sum += sums[digit];
+    sum += sums[i];
     if (sum >= wanted) break;
   }
   below = before_last;
   return last;
 }
 
+/* The digit that reaches it. */
+__device__ int find_digit(Sums &sums, unsigned long long &below, unsigned long long wanted) {
+  const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
+  const unsigned long long of_warp = join_warp(sums.of_digit[threadIdx.x], add);
+  if (threadIdx.x % 32 == 0) sums.of_warp[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  const int warp = first_to_reach(sums.of_warp, kWarps, below, wanted);
+  return warp * kDigitsOfWarp + first_to_reach(sums.of_digit + warp * kDigitsOfWarp, kDigitsOfWarp, below, wanted);
+}
+
+/* sums[digit] += amount in each lane that is_in; all lanes of the warp must call. */
+__device__ void add_together(unsigned long long *sums, bool is_in, unsigned digit, unsigned long long amount) {
+  constexpr unsigned kAll = 0xffffffffu;
+  constexpr int kFew = 4; /* so many atomics on one place cost less than a sum over the warp */
+  for (unsigned left = __ballot_sync(kAll, is_in); left != 0;) {
+    const unsigned of_first = __shfl_sync(kAll, digit, __ffs(static_cast<int>(left)) - 1);
+    const bool is_alike = is_in && digit == of_first;
+    const unsigned alike = __ballot_sync(kAll, is_alike);
+    if (__popc(alike) < kFew) break;
+    const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
+    const unsigned long long sum = join_warp(is_alike ? amount : 0ull, add);
+    if (threadIdx.x % 32 == 0) atomicAdd(&sums[of_first], sum);
+    is_in = is_in && !is_alike;
+    left &= ~alike;
+  }
+  if (is_in) atomicAdd(&sums[digit], amount);
+}
+
 /* The smallest key at which amounts, added in ascending order of keys, reach `wanted`; the greatest key with an amount if they do
  * not. */
 template <class Key, class Amount>
 __device__ unsigned border(const Left &left, unsigned long long wanted, Key key, Amount amount) {
-  using Sums = unsigned long long[kDigits];
   LMI_SHARED(Sums, sums);
   unsigned prefix = 0;
   unsigned long long below = 0;
   for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    sums[threadIdx.x] = 0;
+    sums.of_digit[threadIdx.x] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < left.num; i += kRowThreads) {
-      const float logit = left.logits[i];
-      if (!left.has(logit)) continue;
+    for_places(left.logits, left.num, [&](float logit, int, bool is_there) {
       const unsigned own = key(logit);
       const bool is_inside = shift + kDigitBits == 32 || own >> (shift + kDigitBits) == prefix;
-      if (is_inside) atomicAdd(&sums[own >> shift & (kDigits - 1)], amount(logit));
-    }
+      const bool is_in = is_there && is_inside && left.has(logit);
+      add_together(sums.of_digit, is_in, own >> shift & (kDigits - 1), is_in ? amount(logit) : 0ull);
+    });
     __syncthreads();
     prefix = prefix << kDigitBits | static_cast<unsigned>(find_digit(sums, below, wanted));
     __syncthreads(); /* sums are cleared for the next digit */
@@ -90,15 +123,15 @@ __device__ __forceinline__ unsigned long long units_of(float logit) {
 template <class Term>
 __device__ double sum_left(const Left &left, Term term) {
   double sum = 0.0;
-  for (int i = threadIdx.x; i < left.num; i += kRowThreads) {
-    if (left.has(left.logits[i])) sum += static_cast<double>(term(left.logits[i]));
-  }
+  for_logits(left.logits, left.num, [&](float logit, int) {
+    if (left.has(logit)) sum += static_cast<double>(term(logit));
+  });
   return sum_in_block(sum);
 }
 
 __device__ unsigned long long sum_units(const Left &left) {
   unsigned long long sum = 0;
-  for (int i = threadIdx.x; i < left.num; i += kRowThreads) sum += left.has(left.logits[i]) ? units_of(left.logits[i]) : 0;
+  for_logits(left.logits, left.num, [&](float logit, int) { sum += left.has(logit) ? units_of(logit) : 0; });
   return sum_in_block(sum);
 }
 
@@ -135,9 +168,9 @@ __device__ void keep_typical(Left &left, float typical_p) {
 __device__ void keep_min_p(Left &left, float min_p) {
   if (!(min_p > 0.0f)) return;
   float greatest = 0.0f;
-  for (int i = threadIdx.x; i < left.num; i += kRowThreads) {
-    if (left.has(left.logits[i])) greatest = fmaxf(greatest, expf(left.logits[i]));
-  }
+  for_logits(left.logits, left.num, [&](float logit, int) {
+    if (left.has(logit)) greatest = fmaxf(greatest, expf(logit));
+  });
   left.least_weight = min_p * join_block(greatest, [](float a, float b) { return fmaxf(a, b); });
 }
 
@@ -190,29 +223,28 @@ __device__ Draw draw_in_block(Draw mine) {
 __device__ int draw_token(const Left &left, unsigned long long seed, uint32_t position) {
   Draw best{-INFINITY, left.num};
   float reach = INFINITY; /* e^-s, a bit more for what is rounded */
-  for (int i = threadIdx.x; i < left.num; i += kRowThreads) {
-    const float logit = left.logits[i];
-    if (!left.has(logit)) continue;
-    const uint32_t word = philox(seed, position, static_cast<uint32_t>(i));
+  for_logits(left.logits, left.num, [&](float logit, int id) {
+    if (!left.has(logit)) return;
+    const uint32_t word = philox(seed, position, static_cast<uint32_t>(id));
     const float tail = static_cast<float>(static_cast<int32_t>(~word >> 1)) * 0x1p-31f; /* at most 1 - u */
     const bool is_first = best.id == left.num;
-    if (!is_first && tail > expf(logit) * reach) continue;
-    best = better(best, {static_cast<double>(logit) + gumbel(word), i});
+    if (!is_first && tail > expf(logit) * reach) return;
+    best = better(best, {static_cast<double>(logit) + gumbel(word), id});
     reach = static_cast<float>(exp(-best.score) * 1.001);
-  }
+  });
   return draw_in_block(best).id;
 }
 
-__global__ void __launch_bounds__(kRowThreads, 4) sample_kernel(Choice choice) {
+__global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(Choice choice) {
   const int64_t row = blockIdx.x;
   float *const logits = choice.logits.row(row);
   const float temperature = choice.temperature[row];
   const Candidate first = best_of_row(logits, choice.vocabulary);
   int id = can_be_drawn(first.logit) ? first.id : -1;
   if (id >= 0 && temperature != 0.0f) {
-    for (int i = threadIdx.x; i < choice.vocabulary; i += kRowThreads) {
-      logits[i] = logits[i] == first.logit ? 0.0f : (logits[i] - first.logit) / temperature;
-    } /* no barrier: a thread reads the same places throughout */
+    for_logits(logits, choice.vocabulary, [&](float logit, int i) {
+      logits[i] = logit == first.logit ? 0.0f : (logit - first.logit) / temperature;
+    }); /* no barrier: a thread reads the same places throughout */
     Left left{logits, choice.vocabulary};
     keep_top_k(left, choice.top_k[row]);
     keep_top_p(left, choice.top_p[row]);
