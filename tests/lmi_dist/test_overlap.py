@@ -23,7 +23,9 @@ SMALL = {"kv_cache_memory_bytes": 10 * BLOCK_BYTES, "prefill_chunk_tokens": 24, 
 
 
 def make(folder: Path, *, overlap: bool, **values: Any) -> Engine:
+    """batch_invariant: steps that overlap have other company, since sequences come in a step later."""
     defaults = {"model": str(folder), "dtype": "fp32", "max_model_len": 128, "max_batch_size": 16, "cpu_threads": 1}
+    values = {"batch_invariant": True, **values}
     return Engine(EngineConfig.of({**defaults, **values}), overlap=overlap)
 
 
