@@ -130,7 +130,10 @@ const char *why_unsupported(const LinearShape &shape) {
 
 int64_t top_k_of(const lmi_tensor &order, int64_t num_tokens) { return num_tokens ? order.size[0] / num_tokens : 1; }
 
-void check_arguments(const lmi_rms_norm_args &args) { check_norm(args); }
+void check_arguments(const lmi_rms_norm_args &args) {
+  check_norm(args);
+  check_optional("addend", args.addend, args.x.dtype, {{"T", args.x.size[0]}, {"E", args.x.size[1]}});
+}
 
 void check_arguments(const lmi_layer_norm_args &args) {
   check_norm(args);
@@ -214,7 +217,9 @@ void check_arguments(const lmi_lora_args &args) {
 void check_arguments(const lmi_activation_args &args) {
   check_dims("x", args.x, 2);
   check_float("x", args.x);
-  check_range("activation", args.activation, LMI_IDENTITY, LMI_QUICK_GELU);
+  check_range("activation", args.activation, LMI_IDENTITY, LMI_SCALE);
+  const bool is_bounded = args.activation == LMI_SOFT_CAP || args.activation == LMI_CLAMP;
+  require(!is_bounded || args.parameter > 0.0f, "parameter must be above 0 for a soft cap and a clamp");
   const int64_t width = args.x.size[1];
   require(!args.gated || width % 2 == 0, "x must have an even number of columns, gate and up");
   check("out", args.out, args.x.dtype, {{"T", args.x.size[0]}, {"F", args.gated ? width / 2 : width}});

@@ -12,7 +12,7 @@ void activation(const lmi_activation_args &args) {
     Floats row(width);
     for (int64_t t = begin; t < end; ++t) {
       read_row(args.x, t, row);
-      activate(row, num, args.activation);
+      activate(row, num, args.activation, args.parameter);
       if (args.gated) {
         for (int64_t f = 0; f < num; ++f) row[f] *= row[num + f];
       }

@@ -27,6 +27,13 @@ float mean_of(const float *s, int64_t num) {
   return total / static_cast<float>(num);
 }
 
+/* y += row of other, by way of scratch; an absent one is 0. */
+void add_row(const lmi_tensor &other, int64_t row, int64_t num, float *y, float *scratch) {
+  if (!is_given(other)) return;
+  read_row(other, row, scratch);
+  for (int64_t e = 0; e < num; ++e) y[e] += scratch[e];
+}
+
 /* weight + offset as floats, or 1. */
 void read_weight(const lmi_tensor &weight, float offset, int64_t num, float *to) {
   if (is_given(weight)) read_vector(weight, to);
@@ -47,6 +54,7 @@ void rms_norm(const lmi_rms_norm_args &args) {
       const float mean_square = dot(s, s, num) / static_cast<float>(num);
       const float inverse = 1.0f / std::sqrt(mean_square + args.eps);
       for (int64_t e = 0; e < num; ++e) scratch[e] = weight[e] * (s[e] * inverse);
+      add_row(args.addend, row, num, scratch, s);
       write_row(scratch, args.out, row);
     }
   });

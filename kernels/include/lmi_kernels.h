@@ -24,11 +24,12 @@ extern "C" {
 #endif
 
 #define LMI_API __attribute__((visibility("default")))
-#define LMI_ABI_VERSION 2
+#define LMI_ABI_VERSION 3
 
 enum lmi_status_code { LMI_OK = 0, LMI_BAD_ARGUMENT = 1, LMI_UNSUPPORTED = 2, LMI_DEVICE_ERROR = 3, LMI_RANK_ERROR = 4 };
 enum lmi_dtype { LMI_F32 = 0, LMI_BF16 = 1, LMI_F16 = 2, LMI_I32 = 3, LMI_I64 = 4, LMI_U8 = 5, LMI_U64 = 6, LMI_F8E4M3 = 7 };
-enum lmi_activation_kind { LMI_IDENTITY = 0, LMI_SILU = 1, LMI_GELU = 2, LMI_GELU_TANH = 3, LMI_RELU = 4, LMI_QUICK_GELU = 5 };
+enum lmi_activation_kind { LMI_IDENTITY = 0, LMI_SILU = 1, LMI_GELU = 2, LMI_GELU_TANH = 3, LMI_RELU = 4, LMI_QUICK_GELU = 5,
+                           LMI_SOFT_CAP = 6, LMI_CLAMP = 7, LMI_SCALE = 8 }; /* the last three: lmi_activation's alone */
 enum lmi_weight_format { LMI_DENSE = 0, LMI_INT8 = 1, LMI_INT4 = 2 };
 
 /* F8E4M3 is for caches alone. A byte s eeee mmm is (-1)^s 2^(e-7) (1 + m/8), or (-1)^s 2^-6 m/8 where e is 0; 0x7f and 0xff are NaN and
@@ -65,15 +66,16 @@ LMI_API lmi_status lmi_set_level(const char *level);
 /* ---- norms ---- */
 
 /* If residual is given: s = x + residual, residual := s (in place); else s = x.
- * out[t,e] = (weight[e] + weight_offset) * s[t,e] / sqrt(mean_e(s[t,e]^2) + eps)      out, x, residual: [T,E]  weight: [E]
- * s is rounded to x's dtype before it is used, as a separate addition would. In place. weight absent: 1. */
+ * out[t,e] = (weight[e] + weight_offset) * s[t,e] / sqrt(mean_e(s[t,e]^2) + eps) + addend[t,e]
+ * s is rounded to x's dtype before it is used, as a separate addition would. In place. weight absent: 1, addend absent: 0.
+ * out, x, residual, addend: [T,E]  weight: [E] */
 typedef struct {
-  lmi_tensor out, x, residual, weight;
+  lmi_tensor out, x, residual, weight, addend;
   float eps, weight_offset;
 } lmi_rms_norm_args;
 LMI_API lmi_status lmi_rms_norm(const lmi_rms_norm_args *args, lmi_stream stream);
 
-/* As above; out[t,e] = weight[e] * (s[t,e] - mean_e(s)) / sqrt(var_e(s) + eps) + bias[e]. weight, bias: [E] or absent. */
+/* As above, without an addend; out[t,e] = weight[e] * (s[t,e] - mean_e(s)) / sqrt(var_e(s) + eps) + bias[e]. weight, bias: [E] or absent. */
 typedef struct {
   lmi_tensor out, x, residual, weight, bias;
   float eps;
@@ -174,10 +176,12 @@ LMI_API lmi_status lmi_lora(const lmi_lora_args *args, lmi_stream stream);
 
 /* ---- activation, embedding ---- */
 
-/* gated 0: out[t,f] = act(x[t,f])   x: [T,F], in place;   gated 1: out[t,f] = act(x[t,f]) * x[t,f+F]   x: [T,2F]. */
+/* gated 0: out[t,f] = act(x[t,f])   x: [T,F], in place;   gated 1: out[t,f] = act(x[t,f]) * x[t,f+F]   x: [T,2F].
+ * With c = parameter, that the others have no use for: soft cap is c tanh(x / c), clamp min(max(x, -c), c), both with c > 0; scale is c x. */
 typedef struct {
   lmi_tensor out, x;
   int32_t activation, gated;
+  float parameter;
 } lmi_activation_args;
 LMI_API lmi_status lmi_activation(const lmi_activation_args *args, lmi_stream stream);
 

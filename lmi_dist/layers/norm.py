@@ -18,8 +18,9 @@ class RMSNorm:
         """`part`: which of the weights, for AcrossHeads."""
         return cls(weights.tensor(f"{prefix}.weight", (size,), part), eps, offset)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, weight_offset=self.offset)
+    def __call__(self, x: torch.Tensor, *, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """addend: [T,E], added before the result is rounded, and in the pass that writes it."""
+        return ops.rms_norm(x, self.weight, self.eps, weight_offset=self.offset, addend=addend)
 
 
 class LayerNorm:

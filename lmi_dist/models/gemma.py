@@ -5,6 +5,7 @@ import torch
 
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ConfigKeys, ModelConfig
+from lmi_dist.layers.elementwise import soft_capped
 from lmi_dist.models.llama import Layer, LlamaForCausalLM, load_attention, load_mlp, load_norm
 from lmi_dist.weights import Weights
 
@@ -51,8 +52,8 @@ class Gemma2Layer(Layer):
         self.mlp_post_norm = load_norm(config, weights, f"{prefix}.post_feedforward_layernorm")
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), batch))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), batch))
+        x = self.attn_post_norm(self.attn(self.attn_norm(x), batch), addend=x)
+        return self.mlp_post_norm(self.mlp(self.mlp_norm(x), batch), addend=x)
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
@@ -66,7 +67,7 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
     def score(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         logits = super().score(x, batch)
-        return torch.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+        return soft_capped(logits, self.soft_cap) if self.soft_cap else logits
 
 
 def soft_cap(keys: ConfigKeys, name: str) -> float:

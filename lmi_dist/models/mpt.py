@@ -6,6 +6,7 @@ import torch
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ConfigKeys, ModelConfig
 from lmi_dist.layers.attention import SelfAttention, alibi_slopes
+from lmi_dist.layers.elementwise import clamped, scaled
 from lmi_dist.layers.embedding import Positions
 from lmi_dist.layers.mlp import MLP
 from lmi_dist.layers.norm import AcrossHeads, LayerNorm, RMSNorm
@@ -70,7 +71,7 @@ class Attention:
     def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor) -> torch.Tensor:
         qkv = self.inner.qkv(x, batch)
         if self.clip:
-            qkv = qkv.clamp(-self.clip, self.clip)
+            qkv = clamped(qkv, self.clip)
         return self.inner.out(self.inner.attend(qkv, batch), batch, residual=residual)
 
 
@@ -116,7 +117,7 @@ class MptForCausalLM(Decoder):
 
     def score(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         logits = super().score(x, batch)
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+        return logits if self.logit_scale == 1.0 else scaled(logits, self.logit_scale)
 
 
 def has_alibi(config: ModelConfig) -> bool:

@@ -1,7 +1,7 @@
 """Operations on torch tensors: checks, and the choice between the CPU library and the plain torch version of each (`<name>_torch`
 in the same file), which is also the tests' reference. `select` chooses; nothing above this level knows a library."""
 
-from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation
+from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation, elementwise
 from lmi_dist.ops.attention import attention
 from lmi_dist.ops.column import chosen, cuda_architectures, describe, select, using
 from lmi_dist.ops.embedding import embedding
@@ -37,6 +37,7 @@ __all__ = [
     "chosen",
     "cuda_architectures",
     "describe",
+    "elementwise",
     "embedding",
     "grouped_linear",
     "layer_norm",

@@ -1,4 +1,4 @@
-"""Activations, alone or as the gate of the other half."""
+"""Activations, alone or as the gate of the other half, and other functions of each number."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -21,13 +21,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-CODES = {kind: code for code, kind in enumerate(ACTIVATIONS)}  # lmi_activation_kind, in its order
+Elementwise = Literal["soft_cap", "clamp", "scale"]
+
+ELEMENTWISE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "soft_cap": lambda x, c: c * torch.tanh(x / c),
+    "clamp": lambda x, c: x.clamp(-c, c),
+    "scale": lambda x, c: c * x,
+}
+CODES = {kind: code for code, kind in enumerate([*ACTIVATIONS, *ELEMENTWISE])}  # lmi_activation_kind, in its order
 
 
 def activation_code(kind: str) -> int:
     """Its number in the C header. Raises KernelError on a name that is not known."""
-    if kind not in CODES:
-        raise KernelError(f"activation={kind!r} is not known; known are {', '.join(CODES)}")
+    if kind not in ACTIVATIONS:
+        raise KernelError(f"activation={kind!r} is not known; known are {', '.join(ACTIVATIONS)}")
     return CODES[kind]
 
 
@@ -52,3 +59,20 @@ def activation_torch(x: Tensor, kind: Activation, *, gated: bool) -> Tensor:
         return act(x.float()).to(x.dtype)
     gate, up = x.float().chunk(2, dim=-1)
     return (act(gate) * up).to(x.dtype)
+
+
+def elementwise(x: Tensor, kind: Elementwise, c: float) -> Tensor:
+    """x := its soft cap c tanh(x / c), min(max(x, -c), c) or c x, in place; returns it. x: [T,F]. Raises KernelError on shapes, and
+    on a c that is not above 0 but for "scale"."""
+    library = column.library()
+    if library is None:
+        return elementwise_torch(x, kind, c)
+    library.call("activation", out=x, x=x, activation=CODES[kind], gated=False, parameter=c)
+    return x
+
+
+def elementwise_torch(x: Tensor, kind: Elementwise, c: float) -> Tensor:
+    shapes = Shapes("activation")
+    shapes.check("x", x, "T F", *FLOATS)
+    shapes.require(kind == "scale" or c > 0, "parameter must be above 0 for a soft cap and a clamp")
+    return x.copy_(ELEMENTWISE[kind](x.float(), c))

@@ -7,24 +7,42 @@ from lmi_dist.ops import column
 from lmi_dist.ops.shapes import FLOATS, Shapes
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None, weight_offset: float = 0.0) -> Tensor:
-    """(weight + weight_offset) * s / sqrt(mean(s^2) + eps), with s = x, or s = residual := x + residual (changed in place).
-    x, residual: [T,E], weight: [E] or None (1), one dtype. Returns [T,E] (Zhang, Sennrich 2019). Raises KernelError on shapes."""
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """(weight + weight_offset) * s / sqrt(mean(s^2) + eps) + addend, with s = x, or s = residual := x + residual (changed in
+    place). x, residual, addend: [T,E], weight: [E] or None (1), one dtype. Returns [T,E] (Zhang, Sennrich 2019). Raises KernelError
+    on shapes."""
     library = column.library()
     if library is None:
-        return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset)
+        return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset, addend=addend)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    library.call("rms_norm", out=out, x=x, residual=residual, weight=weight, eps=eps, weight_offset=weight_offset)
+    library.call(
+        "rms_norm", out=out, x=x, residual=residual, weight=weight, addend=addend, eps=eps, weight_offset=weight_offset
+    )  # fmt: skip
     return out
 
 
 def rms_norm_torch(
-    x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None, weight_offset: float = 0.0
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    _check("rms_norm", x, weight, None, residual)
+    _check("rms_norm", x, weight, None, residual).check("addend", addend, "T E", x.dtype)
     s = _add(x, residual)
-    normed = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-    return (normed if weight is None else normed * (weight.float() + weight_offset)).to(x.dtype)
+    out = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    out = out if weight is None else out * (weight.float() + weight_offset)
+    return (out if addend is None else out + addend.float()).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None) -> Tensor:
@@ -57,9 +75,10 @@ def _add(x: Tensor, residual: Tensor | None) -> Tensor:
     return residual.float()
 
 
-def _check(operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check(operation: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Shapes:
     shapes = Shapes(operation)
     shapes.check("x", x, "T E", *FLOATS)
     shapes.check("residual", residual, "T E", x.dtype)
     shapes.check("weight", weight, "E", x.dtype)
     shapes.check("bias", bias, "E", x.dtype)
+    return shapes

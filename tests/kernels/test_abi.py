@@ -75,7 +75,7 @@ def test_library_without_header_is_refused(library: Library, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("LMI_ABI_VERSION 2", "LMI_ABI_VERSION 1", "another version than the header"),
+        ("LMI_ABI_VERSION 3", "LMI_ABI_VERSION 1", "another version than the header"),
         ("lmi_describe(void)", "lmi_describe_more(void)", "lmi_describe_more.*build it again"),
     ],
 )

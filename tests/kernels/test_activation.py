@@ -9,7 +9,7 @@ from kernel_cases import DTYPES, assert_close, rand, same_bits, strided
 from lmi_dist import ops
 from lmi_dist.errors import KernelError
 from lmi_dist.ops.abi import Library
-from lmi_dist.ops.activation import ACTIVATIONS, Activation, activation_torch
+from lmi_dist.ops.activation import ACTIVATIONS, ELEMENTWISE, Activation, Elementwise, activation_torch, elementwise_torch
 
 KINDS = list(ACTIVATIONS)
 FORMULAS = {
@@ -70,6 +70,39 @@ def test_activation_bits_do_not_depend_on_other_rows(library: Library) -> None:
     for kind in ("silu", "gelu", "gelu_tanh"):
         alone = torch.cat([ops.activation(x[row : row + 1], kind, gated=True) for row in range(67)])
         assert same_bits(ops.activation(x, kind, gated=True), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_elementwise_matches_twin_in_place(library: Library, dtype: torch.dtype, kind: Elementwise) -> None:
+    x = strided(rand(113, 130, dtype=dtype) * 3)
+    x[0, :3] = torch.tensor([math.inf, -math.inf, math.nan])
+    expected = elementwise_torch(x.clone(), kind, 2.5)
+
+    out = ops.elementwise(x, kind, 2.5)
+
+    assert out is x
+    assert x[0, 2].isnan()
+    x[0, 2] = expected[0, 2] = 0.0
+    assert_close(x, expected)
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_elementwise_twin_is_its_formula(kind: Elementwise) -> None:
+    x = rand(50, 3) * 9
+    formula = {"soft_cap": lambda v: 4 * math.tanh(v / 4), "clamp": lambda v: min(max(v, -4.0), 4.0), "scale": lambda v: 4 * v}[
+        kind
+    ]
+
+    expected = torch.tensor([formula(value) for value in x.double().flatten().tolist()]).view(50, 3)
+
+    assert_close(elementwise_torch(x, kind, 4.0), expected)
+
+
+def test_elementwise_refuses_a_bound_of_nothing(column: str) -> None:
+    for kind in ("soft_cap", "clamp"):
+        with pytest.raises(KernelError, match="activation: parameter must be above 0 for a soft cap and a clamp"):
+            ops.elementwise(rand(3, 7), kind, 0.0)
 
 
 def test_activation_names_what_is_wrong(column: str) -> None:

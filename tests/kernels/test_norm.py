@@ -41,17 +41,23 @@ def test_twins_add_the_residual_first() -> None:
     assert same_bits(out, rms_norm_torch(total, None, 1e-5))
 
 
+def test_twin_adds_the_addend_last() -> None:
+    x, addend = rand(9, 40), rand(9, 40, seed=1)
+
+    assert same_bits(rms_norm_torch(x, None, 1e-5, addend=addend), rms_norm_torch(x, None, 1e-5) + addend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm_matches_twin(library: Library, dtype: torch.dtype, size: tuple[int, int], with_residual: bool) -> None:
+@pytest.mark.parametrize("given", [(), ("residual",), ("addend",), ("residual", "addend")], ids="-".join)
+def test_rms_norm_matches_twin(library: Library, dtype: torch.dtype, size: tuple[int, int], given: tuple[str, ...]) -> None:
     x, weight = strided(rand(*size, dtype=dtype)), rand(size[1], dtype=dtype, seed=1)
-    residual = strided(rand(*size, dtype=dtype, seed=2)) if with_residual else None
+    residual, addend = (strided(rand(*size, dtype=dtype, seed=2)) if name in given else None for name in ("residual", "addend"))
     twins_residual = None if residual is None else residual.clone()
 
-    out = ops.rms_norm(x, weight, 1e-5, residual=residual, weight_offset=0.5)
+    out = ops.rms_norm(x, weight, 1e-5, residual=residual, weight_offset=0.5, addend=addend)
 
-    assert_close(out, rms_norm_torch(x, weight, 1e-5, residual=twins_residual, weight_offset=0.5))
+    assert_close(out, rms_norm_torch(x, weight, 1e-5, residual=twins_residual, weight_offset=0.5, addend=addend))
     assert residual is None or same_bits(residual, twins_residual)
 
 
@@ -91,5 +97,7 @@ def test_norm_names_the_wrong_shape(column: str) -> None:
         ops.rms_norm(x, rand(7), 1e-5)
     with pytest.raises(KernelError, match=r"rms_norm: residual has shape \[2, 8\]; it must be \[T=3, E=8\]"):
         ops.rms_norm(x, rand(8), 1e-5, residual=rand(2, 8))
+    with pytest.raises(KernelError, match=r"rms_norm: addend has shape \[3, 7\]; it must be \[T=3, E=8\]"):
+        ops.rms_norm(x, rand(8), 1e-5, addend=rand(3, 7))
     with pytest.raises(KernelError, match=r"layer_norm: bias is .*(F16|float16); it must be .*(F32|float32)"):
         ops.layer_norm(x, None, rand(8, dtype=torch.float16), 1e-5)

@@ -16,6 +16,7 @@ from transformers.models.mpt import modeling_mpt
 from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch, build
 from lmi_dist.layers.attention import alibi_slopes
+from lmi_dist.layers.elementwise import clamped, scaled, soft_capped
 from lmi_dist.layers.embedding import Embedding, Head, Positions
 from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.mlp import ACTIVATIONS, MLP, GatedMLP
@@ -158,6 +159,22 @@ class TestLayers:
         close(one_more(x), functional.rms_norm(x.float(), (E,), w + 1, 1e-5), dtype)
         no_bias = LayerNorm.load(weights, "norm", E, 1e-5, bias=False)
         close(no_bias(x), functional.layer_norm(x.float(), (E,), w, None, 1e-5), dtype)
+
+        with_x = RMSNorm.load(weights, "norm", E, 1e-5)(x, addend=x)
+        close(with_x, functional.rms_norm(x.float(), (E,), w, 1e-5) + x.float(), dtype)
+
+    def test_functions_of_each_number_change_what_they_are_given(self, dtype: torch.dtype) -> None:
+        before = x_of(dtype)
+        cases = (
+            (soft_capped, lambda x: 0.5 * torch.tanh(2 * x)),
+            (clamped, lambda x: x.clamp(-0.5, 0.5)),
+            (scaled, lambda x: 0.5 * x),
+        )
+
+        for function, formula in cases:
+            x = before.clone()
+            assert function(x, 0.5) is x
+            close(x, formula(before.float()), dtype)
 
     def test_embedding_gives_rows_of_its_table(
         self, weights: Weights, tensors: dict[str, torch.Tensor], batch: ForwardBatch, dtype: torch.dtype

@@ -24,12 +24,7 @@ def courses_of(runner: Runner, case: Settled) -> dict[int, driving.Course]:
 
 def obstacle_of(variant: str) -> str:
     """What keeps a variant's decode steps in Python."""
-    kind, values = VARIANTS[variant]
-    scaling = values.get("rope_parameters", {}).get("rope_type")
-    if kind == "gemma2":
-        return "torch's aten.add.Tensor"  # behind the norms that follow each block
-    if values.get("attn_config", {}).get("clip_qkv"):
-        return "torch's aten.clamp.default"
+    scaling = VARIANTS[variant][1].get("rope_parameters", {}).get("rope_type")
     return {"dynamic": "torch's aten.clamp.default", "longrope": "torch's aten.gt.Scalar"}.get(scaling, "")
 
 
