@@ -120,22 +120,23 @@ struct FloatNumbers {
   static Range whole(Range keys) { return keys; }
 
   template <int Rows>
-  static void score_rows(const float *queries, int64_t row_words, int64_t size, const float *keys, float *scores, TileCache &next) {
+  static void score_rows(const float *queries, int64_t size, const Scratch<FloatNumbers> &scratch, float *scores, TileCache &next) {
     for (int64_t j = 0; j < kTile; j += 2 * kLanes) {
       Sums<Rows> sums = {};
       next.ask();
-      for (int64_t d = 0; d < size; ++d) sums.add(queries + d, row_words, keys + d * kTile + j);
+      for (int64_t d = 0; d < size; ++d) sums.add(queries + d, scratch.row_words, scratch.keys + d * kTile + j);
       sums.write(scores + j, kTile);
     }
   }
 
   template <int Rows>
-  static void add_values(const float *weights, const float *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
+  static void add_values(const float *weights, const Scratch<FloatNumbers> &scratch, int64_t padded, Range keys, float *so_far,
+                         TileCache &next) {
     for (int64_t d = 0; d < padded; d += 2 * kLanes) {
       next.ask();
       Sums<Rows> sums;
       sums.read(so_far + d, padded);
-      for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, values + j * padded + d);
+      for (int64_t j = keys.first; j < keys.last; ++j) sums.add(weights + j, kTile, scratch.values + j * padded + d);
       sums.write(so_far + d, padded);
     }
   }

@@ -39,12 +39,13 @@ struct PairNumbers {
 
   static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<Bytes>(problem, chunks, scratch, next);
-    else read_keys_of<Halves>(problem, chunks, scratch, next);
+    else scratch.key_lines = lines_of(chunks, ChunkShape::of_keys(problem.args.k_cache));
   }
 
   static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<Bytes>(problem, chunks, scratch, next);
-    else read_values_of<Halves>(problem, chunks, scratch, next);
+    else if (problem.padded > problem.size) read_values_of<Halves>(problem, chunks, scratch, next);
+    else scratch.value_lines = lines_of(chunks, ChunkShape::of_values(problem.args.v_cache));
   }
 
   /* Sums what the weights are after rounding, so that the mean of equal values is that value. */
@@ -71,15 +72,19 @@ struct PairNumbers {
   static Range whole(Range keys) { return {(keys.first + 1) / 2 * 2, keys.last / 2 * 2}; }
 
   template <int Rows>
-  static void score_rows(const uint32_t *queries, int64_t row_words, int64_t size, const uint32_t *keys, float *scores, TileCache &next) {
+  static void score_rows(const uint32_t *queries, int64_t size, const Scratch<PairNumbers> &scratch, float *scores, TileCache &next) {
+    const TileLines &keys = scratch.key_lines;
     __m512 sums[Rows][4] = {};
-    for (int64_t word = 0; word < size / 2; ++word, keys += kTile) {
-      if (word % 2) next.ask();
+    for (int64_t word = 0; word < size / 2; ++word) {
+      next.ask();
+      __m512bh lines[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) lines[i] = load_pairs(keys.of[i] + word * keys.stride);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const __m512bh query = broadcast(queries[r * row_words + word]);
+        const __m512bh query = broadcast(queries[r * scratch.row_words + word]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], query, load_pairs(keys + 16 * i));
+        for (int i = 0; i < 4; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], query, lines[i]);
       }
     }
 #pragma GCC unroll 4
@@ -91,20 +96,32 @@ struct PairNumbers {
 
   /* A pair of which only one key is in the range has 0 for the other's values: they may be infinite. */
   template <int Rows>
-  static void add_values(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
+  static void add_values(const uint32_t *weights, const Scratch<PairNumbers> &scratch, int64_t padded, Range keys, float *so_far,
+                         TileCache &next) {
     if (keys.is_empty()) return;
     int64_t d = 0;
-    for (; d + 64 <= padded; d += 64) add_to_lines<Rows, 4>(weights, values + d, padded, keys, so_far + d, next);
-    if (d < padded) add_to_lines<Rows, 2>(weights, values + d, padded, keys, so_far + d, next);
+    for (; d + 64 <= padded; d += 64) add_to_lines<Rows, 4>(weights, scratch.value_lines, d, padded, keys, so_far + d, next);
+    if (d < padded) add_to_lines<Rows, 2>(weights, scratch.value_lines, d, padded, keys, so_far + d, next);
   }
 
  private:
+  /* Of a cache in bf16, which is read where it lies. A chunk that no row sees is another one: what comes of it does not count. */
+  static TileLines lines_of(const TileChunks &chunks, const ChunkShape &shape) {
+    TileLines lines{{}, shape.stride / 4};
+    const char *seen = nullptr;
+    for (const char *chunk : chunks.of) seen = seen ? seen : chunk;
+    for (int64_t i = 0; i < TileChunks::kChunks; ++i) lines.of[i] = reinterpret_cast<const uint32_t *>(chunks.of[i] ? chunks.of[i] : seen);
+    return lines;
+  }
+
   template <class Numbers>
   static void read_keys_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
+    scratch.key_lines.stride = kTile;
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       const char *from = chunks.of[chunk];
       uint32_t *to = scratch.keys + chunk * kChunk;
+      scratch.key_lines.of[chunk] = to;
       for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += kTile) {
         if (row % 4 == 0) next.ask();
         _mm512_storeu_si512(to, Numbers::read(from, shape.numbers));
@@ -116,9 +133,11 @@ struct PairNumbers {
   static void read_values_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
     const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
     const int64_t bytes = bytes_of(problem.args.v_cache.dtype);
+    scratch.value_lines.stride = problem.padded;
     for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
       const char *from = chunks.of[chunk];
       uint32_t *to = scratch.values + chunk * kChunk / 2 * problem.padded;
+      scratch.value_lines.of[chunk] = to;
       for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += problem.padded) {
         next.ask();
         for (int64_t i = 0; i < 2 * problem.padded; i += 32) {
@@ -146,7 +165,9 @@ struct PairNumbers {
 
   /* 16 * Lines sums of each row, in registers: with 64 no addition waits for the one before. */
   template <int Rows, int Lines>
-  static void add_to_lines(const uint32_t *weights, const uint32_t *values, int64_t padded, Range keys, float *so_far, TileCache &next) {
+  static void add_to_lines(const uint32_t *weights, const TileLines &values, int64_t d, int64_t padded, Range keys, float *so_far,
+                           TileCache &next) {
+    constexpr int64_t kPairs = kChunk / 2;
     __m512 sums[Rows][Lines];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
@@ -155,10 +176,11 @@ struct PairNumbers {
     }
     const auto add = [&](int64_t pair, uint32_t keep) { /* the half of each word that counts, or both */
       const __m512i mask = _mm512_set1_epi32(static_cast<int>(keep));
+      const uint32_t *line = values.of[pair / kPairs] + pair % kPairs * values.stride + d;
       __m512bh numbers[Lines];
 #pragma GCC unroll 4
       for (int i = 0; i < Lines; ++i) {
-        numbers[i] = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(values + pair * padded + 16 * i), mask);
+        numbers[i] = (__m512bh)_mm512_and_si512(_mm512_loadu_si512(line + 16 * i), mask);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
@@ -170,7 +192,7 @@ struct PairNumbers {
     const Range pairs = {(keys.first + 1) / 2, keys.last / 2};
     if (keys.first % 2) add(keys.first / 2, 0xffff0000u);
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
-      if (pair % 2) next.ask();
+      next.ask();
       add(pair, ~0u);
     }
     if (keys.last % 2 && keys.last / 2 >= pairs.first) add(keys.last / 2, 0xffffu);

@@ -58,6 +58,12 @@ struct Weighed {
   float max, sum;
 };
 
+/* Where the words of a tile lie, a line at a time: of each chunk its first line, and how far it is to the next. */
+struct TileLines {
+  const uint32_t *of[kTile / kChunk];
+  int64_t stride;
+};
+
 /* Of one unit, or of several one after the other; made for numbers that come `Numbers::kTogether` in a Word (attention_floats.h says
  * what these are). */
 template <class Numbers>
@@ -68,6 +74,7 @@ struct Scratch {
   const int64_t row_words; /* of a query */
   Row about[kUnitRows];
   Word *queries, *keys, *values, *weights;
+  TileLines key_lines, value_lines; /* in keys and values or in the cache itself; numbers that come two in a word */
   float *few, *scores, *part, *total; /* some numbers on their way, four rows' scores [4][64], two units' states */
 
   Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
@@ -109,28 +116,40 @@ struct TileChunks {
   }
 };
 
-/* Both of a tile. Those of the next tile are asked for a row of a chunk at a time between the arithmetic: blocks lie anywhere in memory,
+/* How a chunk is asked for: so many times so many bytes, a stride apart. One without gaps is asked for in pieces of four lines, so that the
+ * pieces of a tile are as many as the steps of its arithmetic. */
+struct Pieces {
+  int64_t num, stride, bytes;
+
+  static Pieces of(const ChunkShape &shape, int64_t number_bytes) {
+    constexpr int64_t kPiece = 256;
+    const int64_t row_bytes = shape.numbers * number_bytes;
+    if (shape.stride != row_bytes) return {shape.rows, shape.stride, row_bytes};
+    return {(shape.rows * row_bytes + kPiece - 1) / kPiece, kPiece, kPiece};
+  }
+};
+
+/* Both of a tile. Those of the next tile are asked for a piece of a chunk at a time between the arithmetic: blocks lie anywhere in memory,
  * and a core waits for what it asks for beyond some 20 lines at once. */
 class TileCache {
  public:
   TileCache(const Problem &problem, const Place &place)
       : keys(problem, problem.args.k_cache, place, chunk_of_keys),
         values(problem, problem.args.v_cache, place, chunk_of_values),
-        key_shape_(ChunkShape::of_keys(problem.args.k_cache)),
-        value_shape_(ChunkShape::of_values(problem.args.v_cache)),
-        number_bytes_(bytes_of(problem.args.k_cache.dtype)) {}
+        key_pieces_(Pieces::of(ChunkShape::of_keys(problem.args.k_cache), bytes_of(problem.args.k_cache.dtype))),
+        value_pieces_(Pieces::of(ChunkShape::of_values(problem.args.v_cache), bytes_of(problem.args.v_cache.dtype))) {}
 
   TileChunks keys, values;
 
   void ask() {
     if (chunk_ == 2 * TileChunks::kChunks) return;
     const bool is_key = chunk_ < TileChunks::kChunks;
-    const ChunkShape &shape = is_key ? key_shape_ : value_shape_;
+    const Pieces &pieces = is_key ? key_pieces_ : value_pieces_;
     const char *chunk = is_key ? keys.of[chunk_] : values.of[chunk_ - TileChunks::kChunks];
-    const char *line = chunk + row_ * shape.stride;
-    for (int64_t byte = 0; chunk && byte < shape.numbers * number_bytes_; byte += 64) __builtin_prefetch(line + byte, 0, 2);
-    if (++row_ < shape.rows && chunk) return;
-    row_ = 0;
+    const char *piece = chunk + piece_ * pieces.stride;
+    for (int64_t byte = 0; chunk && byte < pieces.bytes; byte += 64) __builtin_prefetch(piece + byte, 0, 2);
+    if (++piece_ < pieces.num && chunk) return;
+    piece_ = 0;
     ++chunk_;
   }
 
@@ -139,8 +158,8 @@ class TileCache {
   }
 
  private:
-  ChunkShape key_shape_, value_shape_;
-  int64_t number_bytes_, chunk_ = 0, row_ = 0; /* the next row to ask for, values after keys */
+  Pieces key_pieces_, value_pieces_;
+  int64_t chunk_ = 0, piece_ = 0; /* the next piece to ask for, values after keys */
 };
 
 }  // namespace

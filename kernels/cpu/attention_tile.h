@@ -63,11 +63,11 @@ void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numb
   shared = Numbers::whole(shared);
   const auto add_alone = [&](int r, Range keys) {
     if (keys.is_empty()) return;
-    Numbers::template add_values<1>(scratch.weights + r * scratch.kWords, scratch.values, problem.padded, keys,
+    Numbers::template add_values<1>(scratch.weights + r * scratch.kWords, scratch, problem.padded, keys,
                                     states.values + (row + r) * problem.padded, next);
   };
   const typename Numbers::Word *queries = scratch.queries + row * scratch.row_words;
-  Numbers::template score_rows<Rows>(queries, scratch.row_words, problem.size, scratch.keys, scratch.scores, next);
+  Numbers::template score_rows<Rows>(queries, problem.size, scratch, scratch.scores, next);
   for (int r = 0; r < Rows; ++r) {
     float *scores = scratch.scores + r * kTile;
     for (int j = 0; j < kTile; ++j) scores[j] *= scale;
@@ -76,8 +76,7 @@ void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numb
   weigh_rows<Numbers, Rows>(scratch.scores, seen, states, row, problem.padded, scratch.weights);
   for (int r = 0; r < Rows; ++r) add_alone(r, {seen[r].first, shared.is_empty() ? seen[r].last : shared.first});
   if (shared.is_empty()) return;
-  Numbers::template add_values<Rows>(scratch.weights, scratch.values, problem.padded, shared, states.values + row * problem.padded,
-                                          next);
+  Numbers::template add_values<Rows>(scratch.weights, scratch, problem.padded, shared, states.values + row * problem.padded, next);
   for (int r = 0; r < Rows; ++r) add_alone(r, {shared.last, seen[r].last});
 }
 
