@@ -36,4 +36,34 @@ __device__ __forceinline__ T sum_in_block(T value) {
   return join_block(value, [](T a, T b) { return a + b; });
 }
 
+/* What the threads before this one have, and all. */
+template <class T>
+struct Prefix {
+  T before, total;
+};
+
+template <class T>
+__device__ __forceinline__ Prefix<T> prefix_in_block(T value) {
+  struct Parts {
+    T of_warp[kMaxWarps];
+  };
+  LMI_SHARED(Parts, parts);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+  T upto = value;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, upto, lanes);
+    if (lane >= lanes) upto += other;
+  }
+  if (lane == 31) parts.of_warp[warp] = upto;
+  __syncthreads();
+  Prefix<T> prefix{upto - value, T()};
+  for (int i = 0; i < num_warps; ++i) {
+    if (i < warp) prefix.before += parts.of_warp[i];
+    prefix.total += parts.of_warp[i];
+  }
+  __syncthreads(); /* parts may be used again */
+  return prefix;
+}
+
 }  // namespace lmi

@@ -1,16 +1,13 @@
-/* The choice of a token. A block owns a row and sorts nothing: the borders of top-k, top-p and typical-p are found digit by digit
- * in the keys' bits, from sums of weights per digit in shared memory. The sums are integers (weights times 2^40), so that they do
- * not depend on the order in which threads add. Most of a row's keys begin alike, and atomics on one place wait for each other: what
- * a warp has for one digit is summed before it is added. What is left out is not removed but known by its borders (Left). A row that
- * cannot be drawn from gets the id -1. Bound by the second-level cache, where the row stays: about four readings a filter. */
+/* The choice of a token. A block owns a row and sorts nothing: top-k, top-p and typical-p are borders among keys (logits.cuh), and what is
+ * left out is not removed but known by them (Left). A greedy row is read once, another twice more and two or three times for each filter.
+ * Sums of weights are integers (weights times 2^40), so that they do not depend on the order in which threads add. A row that cannot be
+ * drawn from gets the id -1. Bound by the second-level cache, where the row stays. */
 #include "cuda/logits.cuh"
 #include "cuda/operations.cuh"
 
 namespace lmi::cuda {
 namespace {
 
-constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits; /* one a thread */
-static_assert(kDigits == kRowThreads, "a thread sums one digit");
 constexpr float kUnit = 0x1p40f; /* 2^40 times 2^23 tokens stays below 2^64 */
 
 struct Choice {
@@ -25,153 +22,90 @@ struct Choice {
 /* ---- what is left to draw from ---- */
 
 /* Tokens with these logits (relative to the greatest, divided by the temperature) whose keys are within the borders. */
+template <int kNum>
 struct Left {
-  const float *logits;
-  int num;
+  LogitRow<kNum> row;
   float least_logit = -INFINITY; /* top-k and top-p */
   double mean = 0.0;             /* typical-p: those with |mean - logit| small */
   float farthest = INFINITY;
-  float least_weight = 0.0f;     /* min-p */
+  float least_weight = 0.0f; /* min-p */
 
-  __device__ float far_from_mean(float logit) const { return static_cast<float>(fabs(mean - static_cast<double>(logit))); }
-  __device__ bool has(float logit) const {
-    return logit >= least_logit && far_from_mean(logit) <= farthest && expf(logit) >= least_weight;
+  __device__ __forceinline__ float far_from_mean(float logit) const { return static_cast<float>(fabs(mean - static_cast<double>(logit))); }
+  __device__ __forceinline__ bool has(float logit) const {
+    return logit >= least_logit && (farthest == INFINITY || far_from_mean(logit) <= farthest) &&
+           (least_weight == 0.0f || expf(logit) >= least_weight);
   }
-};
 
-/* Bits that ascend as non-negative floats do, infinity included. */
-__device__ __forceinline__ unsigned key_of(float size) { return __float_as_uint(size) & 0x7fffffffu; }
-
-constexpr int kDigitsOfWarp = 32, kWarps = kDigits / kDigitsOfWarp;
-
-struct Sums {
-  unsigned long long of_digit[kDigits], of_warp[kWarps]; /* the latter of 32 digits each */
-};
-
-/* Which of the sums, added in ascending order to `below`, first reaches `wanted`; the last that is not 0 if none does. below becomes
- * what was added before it. */
-__device__ int first_to_reach(const unsigned long long *sums, int num, unsigned long long &below, unsigned long long wanted) {
-  int last = 0;
-  unsigned long long sum = below, before_last = below;
-  for (int i = 0; i < num; ++i) {
-    if (sums[i] == 0) continue;
-    last = i;
-    before_last = sum;
-    sum += sums[i];
-    if (sum >= wanted) break;
-  }
-  below = before_last;
-  return last;
-}
-
-/* The digit that reaches it. */
-__device__ int find_digit(Sums &sums, unsigned long long &below, unsigned long long wanted) {
-  const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
-  const unsigned long long of_warp = join_warp(sums.of_digit[threadIdx.x], add);
-  if (threadIdx.x % 32 == 0) sums.of_warp[threadIdx.x / 32] = of_warp;
-  __syncthreads();
-  const int warp = first_to_reach(sums.of_warp, kWarps, below, wanted);
-  return warp * kDigitsOfWarp + first_to_reach(sums.of_digit + warp * kDigitsOfWarp, kDigitsOfWarp, below, wanted);
-}
-
-/* sums[digit] += amount in each lane that is_in; all lanes of the warp must call. */
-__device__ void add_together(unsigned long long *sums, bool is_in, unsigned digit, unsigned long long amount) {
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kFew = 4; /* so many atomics on one place cost less than a sum over the warp */
-  for (unsigned left = __ballot_sync(kAll, is_in); left != 0;) {
-    const unsigned of_first = __shfl_sync(kAll, digit, __ffs(static_cast<int>(left)) - 1);
-    const bool is_alike = is_in && digit == of_first;
-    const unsigned alike = __ballot_sync(kAll, is_alike);
-    if (__popc(alike) < kFew) break;
-    const auto add = [](unsigned long long a, unsigned long long b) { return a + b; };
-    const unsigned long long sum = join_warp(is_alike ? amount : 0ull, add);
-    if (threadIdx.x % 32 == 0) atomicAdd(&sums[of_first], sum);
-    is_in = is_in && !is_alike;
-    left &= ~alike;
-  }
-  if (is_in) atomicAdd(&sums[digit], amount);
-}
-
-/* The smallest key at which amounts, added in ascending order of keys, reach `wanted`; the greatest key with an amount if they do
- * not. */
-template <class Key, class Amount>
-__device__ unsigned border(const Left &left, unsigned long long wanted, Key key, Amount amount) {
-  LMI_SHARED(Sums, sums);
-  unsigned prefix = 0;
-  unsigned long long below = 0;
-  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    sums.of_digit[threadIdx.x] = 0;
-    __syncthreads();
-    for_places(left.logits, left.num, [&](float logit, int, bool is_there) {
-      const unsigned own = key(logit);
-      const bool is_inside = shift + kDigitBits == 32 || own >> (shift + kDigitBits) == prefix;
-      const bool is_in = is_there && is_inside && left.has(logit);
-      add_together(sums.of_digit, is_in, own >> shift & (kDigits - 1), is_in ? amount(logit) : 0ull);
+  /* fn(logit, id) */
+  template <class Function>
+  __device__ __forceinline__ void for_each(Function fn) const {
+    row.for_each([&](float logit, int id) {
+      if (has(logit)) fn(logit, id);
     });
-    __syncthreads();
-    prefix = prefix << kDigitBits | static_cast<unsigned>(find_digit(sums, below, wanted));
-    __syncthreads(); /* sums are cleared for the next digit */
   }
-  return prefix;
+};
+
+/* Bits that ascend as non-negative floats do, up to infinity. */
+__device__ __forceinline__ unsigned key_of(float distance) { return __float_as_uint(distance) & 0x7fffffffu; }
+constexpr unsigned kInfinity = 0x7f800000u;
+
+/* The smallest distance within which amounts reach `wanted`; distance(logit) is not negative. */
+template <int kNum, class Distance, class Amount, class Wanted>
+__device__ float find_distance(const Left<kNum> &left, DigitSums &sums, Distance distance, Amount amount, Wanted wanted_of) {
+  const auto walk = [&](auto visit) { left.for_each([&](float logit, int) { visit(key_of(distance(logit)), amount(logit)); }); };
+  const auto coarse = [](unsigned key) { return digit_of_distance(__uint_as_float(key)); };
+  return __uint_as_float(find_border({0, kInfinity, 0}, sums, walk, coarse, wanted_of).last);
 }
 
 /* At least one unit, so that a token without weight in this grid is still found. */
-__device__ __forceinline__ unsigned long long units_of(float logit) {
-  return static_cast<unsigned long long>(static_cast<double>(expf(logit)) * static_cast<double>(kUnit)) + 1;
-}
-
-template <class Term>
-__device__ double sum_left(const Left &left, Term term) {
-  double sum = 0.0;
-  for_logits(left.logits, left.num, [&](float logit, int) {
-    if (left.has(logit)) sum += static_cast<double>(term(logit));
-  });
-  return sum_in_block(sum);
-}
-
-__device__ unsigned long long sum_units(const Left &left) {
-  unsigned long long sum = 0;
-  for_logits(left.logits, left.num, [&](float logit, int) { sum += left.has(logit) ? units_of(logit) : 0; });
-  return sum_in_block(sum);
-}
+__device__ __forceinline__ unsigned long long units_of(float logit) { return static_cast<unsigned long long>(expf(logit) * kUnit) + 1; }
 
 /* The sum that a share of all is; at least one unit. */
-__device__ unsigned long long share_of(unsigned long long total, float share) {
+__device__ __forceinline__ unsigned long long share_of(unsigned long long total, float share) {
   const double units = ceil(static_cast<double>(share) * static_cast<double>(total));
-  return units < 1.0 ? 1 : static_cast<unsigned long long>(units);
+  return units < 1.0 ? 1 : min(static_cast<unsigned long long>(units), total);
 }
 
-__device__ void keep_top_k(Left &left, int top_k) {
-  if (top_k <= 0 || top_k >= left.num) return;
-  const unsigned last = border(left, static_cast<unsigned long long>(top_k), [](float logit) { return key_of(-logit); },
-                               [](float) { return 1ull; });
-  left.least_logit = -__uint_as_float(last);
+template <int kNum>
+__device__ void keep_top_k(Left<kNum> &left, DigitSums &sums, int top_k) {
+  if (top_k <= 0 || top_k >= left.row.num) return;
+  left.least_logit = -find_distance(
+      left, sums, [](float logit) { return -logit; }, [](float) { return 1ull; },
+      [=](unsigned long long) { return static_cast<unsigned long long>(top_k); });
 }
 
-__device__ void keep_top_p(Left &left, float top_p) {
+template <int kNum>
+__device__ void keep_top_p(Left<kNum> &left, DigitSums &sums, float top_p) {
   if (!(top_p < 1.0f)) return;
-  const unsigned long long wanted = share_of(sum_units(left), top_p);
-  left.least_logit = -__uint_as_float(border(left, wanted, [](float logit) { return key_of(-logit); }, units_of));
+  left.least_logit = -find_distance(
+      left, sums, [](float logit) { return -logit; }, units_of, [=](unsigned long long total) { return share_of(total, top_p); });
 }
 
 /* With p = w / W: entropy = log W - sum(w l) / W, so that -log p - entropy = sum(w l) / W - l. */
-__device__ void keep_typical(Left &left, float typical_p) {
+template <int kNum>
+__device__ void keep_typical(Left<kNum> &left, DigitSums &sums, float typical_p) {
   if (!(typical_p < 1.0f)) return;
-  const double total = sum_left(left, [](float logit) { return expf(logit); });
-  const double products = sum_left(left, [](float logit) { return expf(logit) > 0.0f ? expf(logit) * logit : 0.0f; });
-  const unsigned long long wanted = share_of(sum_units(left), typical_p);
-  left.mean = products / total;
-  const Left all = left;
-  left.farthest = __uint_as_float(border(left, wanted, [=](float logit) { return key_of(all.far_from_mean(logit)); }, units_of));
+  double total = 0.0, products = 0.0;
+  left.for_each([&](float logit, int) {
+    const float weight = expf(logit);
+    total += static_cast<double>(weight);
+    products += static_cast<double>(weight > 0.0f ? weight * logit : 0.0f);
+  });
+  total = sum_in_block(total);
+  left.mean = sum_in_block(products) / total;
+  const Left<kNum> all = left;
+  left.farthest = find_distance(
+      all, sums, [&](float logit) { return all.far_from_mean(logit); }, units_of,
+      [=](unsigned long long sum) { return share_of(sum, typical_p); });
 }
 
-__device__ void keep_min_p(Left &left, float min_p) {
+/* The greatest logit, 0, is left by all but typical-p. */
+template <int kNum>
+__device__ void keep_min_p(Left<kNum> &left, float min_p) {
   if (!(min_p > 0.0f)) return;
-  float greatest = 0.0f;
-  for_logits(left.logits, left.num, [&](float logit, int) {
-    if (left.has(logit)) greatest = fmaxf(greatest, expf(logit));
-  });
-  left.least_weight = min_p * join_block(greatest, [](float a, float b) { return fmaxf(a, b); });
+  float greatest = left.farthest == INFINITY ? 0.0f : -INFINITY;
+  if (left.farthest != INFINITY) left.for_each([&](float logit, int) { greatest = fmaxf(greatest, logit); });
+  left.least_weight = min_p * expf(join_block(greatest, [](float a, float b) { return fmaxf(a, b); }));
 }
 
 /* ---- the draw ---- */
@@ -220,14 +154,14 @@ __device__ Draw draw_in_block(Draw mine) {
 }
 
 /* l + gumbel(u) > s needs 1 - u < 1 - exp(-e^(l-s)) <= e^l * e^-s: a product instead of two logarithms leaves out most. */
-__device__ int draw_token(const Left &left, unsigned long long seed, uint32_t position) {
-  Draw best{-INFINITY, left.num};
+template <int kNum>
+__device__ int draw_token(const Left<kNum> &left, unsigned long long seed, uint32_t position) {
+  Draw best{-INFINITY, left.row.num};
   float reach = INFINITY; /* e^-s, a bit more for what is rounded */
-  for_logits(left.logits, left.num, [&](float logit, int id) {
-    if (!left.has(logit)) return;
+  left.for_each([&](float logit, int id) {
     const uint32_t word = philox(seed, position, static_cast<uint32_t>(id));
     const float tail = static_cast<float>(static_cast<int32_t>(~word >> 1)) * 0x1p-31f; /* at most 1 - u */
-    const bool is_first = best.id == left.num;
+    const bool is_first = best.id == left.row.num;
     if (!is_first && tail > expf(logit) * reach) return;
     best = better(best, {static_cast<double>(logit) + gumbel(word), id});
     reach = static_cast<float>(exp(-best.score) * 1.001);
@@ -235,24 +169,28 @@ __device__ int draw_token(const Left &left, unsigned long long seed, uint32_t po
   return draw_in_block(best).id;
 }
 
-__global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(Choice choice) {
-  const int64_t row = blockIdx.x;
-  float *const logits = choice.logits.row(row);
-  const float temperature = choice.temperature[row];
-  const Candidate first = best_of_row(logits, choice.vocabulary);
+template <int kNum>
+__global__ void __launch_bounds__(kRowThreads) sample_kernel(Choice choice) {
+  LMI_SHARED(DigitSums, sums);
+  const int64_t index = blockIdx.x;
+  const LogitRow<kNum> row{choice.logits.row(index), choice.vocabulary};
+  const float temperature = choice.temperature[index];
+  const Candidate first = best_of_row(row);
   int id = can_be_drawn(first.logit) ? first.id : -1;
   if (id >= 0 && temperature != 0.0f) {
-    for_logits(logits, choice.vocabulary, [&](float logit, int i) {
-      logits[i] = logit == first.logit ? 0.0f : (logit - first.logit) / temperature;
+    row.for_packs([&](Pack<float, kNum> pack, int place) {
+#pragma unroll
+      for (int i = 0; i < kNum; ++i) pack.at[i] = pack.at[i] == first.logit ? 0.0f : (pack.at[i] - first.logit) / temperature;
+      store_pack<kNum>(row.logits + place, pack);
     }); /* no barrier: a thread reads the same places throughout */
-    Left left{logits, choice.vocabulary};
-    keep_top_k(left, choice.top_k[row]);
-    keep_top_p(left, choice.top_p[row]);
-    keep_typical(left, choice.typical_p[row]);
-    keep_min_p(left, choice.min_p[row]);
-    id = draw_token(left, choice.seeds[row], static_cast<uint32_t>(choice.positions[row]));
+    Left<kNum> left{row};
+    keep_top_k(left, sums, choice.top_k[index]);
+    keep_top_p(left, sums, choice.top_p[index]);
+    keep_typical(left, sums, choice.typical_p[index]);
+    keep_min_p(left, choice.min_p[index]);
+    id = draw_token(left, choice.seeds[index], static_cast<uint32_t>(choice.positions[index]));
   }
-  if (threadIdx.x == 0) choice.ids[row] = id;
+  if (threadIdx.x == 0) choice.ids[index] = id;
 }
 
 }  // namespace
@@ -269,7 +207,9 @@ void sample(const lmi_sample_args &args, cudaStream_t stream) {
                       vector_of<unsigned long long>(args.seeds),
                       vector_of<int>(args.ids),
                       vocabulary_of(args.logits)};
-  launch("sample", sample_kernel, {static_cast<unsigned>(args.logits.size[0]), kRowThreads}, stream, choice);
+  with_width<float>(is_wide({&args.logits}), [&](auto num) {
+    launch("sample", sample_kernel<num>, {static_cast<unsigned>(args.logits.size[0]), kRowThreads}, stream, choice);
+  });
 }
 
 }  // namespace lmi::cuda
