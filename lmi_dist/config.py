@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lmi_dist.errors import CheckpointError, ConfigError
 
 BLOCK_SIZE = 16  # tokens a block
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of CUDA graphs, each of which takes time to capture and memory
 
 DTYPES = {"fp32": "fp32", "float32": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
           "bf16": "bf16", "bfloat16": "bf16", "auto": "auto"}  # fmt: skip
@@ -131,6 +132,12 @@ class EngineConfig(BaseModel):
         if self.device != "auto" and self.kernels != "auto" and (self.device == "cuda") != (self.kernels == "cuda"):
             raise ValueError(f"kernels={self.kernels} does not run on device={self.device}; leave one of them out")
         return self
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Numbers of sequences whose decode steps a GPU runs as CUDA graphs, ascending."""
+        largest = min(self.max_batch_size, GRAPH_SIZES[-1])
+        return () if self.enforce_eager else (*(size for size in GRAPH_SIZES if size < largest), largest)
 
     @classmethod
     def of(cls, values: Mapping[str, object], names: Mapping[str, str] | None = None) -> "EngineConfig":

@@ -18,7 +18,6 @@ from lmi_dist.plan import Chunk
 from lmi_dist.staging import pinned
 
 MAX_SEQUENCES = 64  # in a recorded step on a CPU: a larger one takes so long that Python's part is small
-GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of CUDA graphs, each of which takes time to capture and memory
 
 COLUMNS = ("ids", "positions", "rope_lengths", "slots", "key_lengths", "cross_lengths", "sources")
 PADDING = (0, 0, 1, -1, 0, 0, 0)
@@ -34,8 +33,7 @@ def recorded_sizes(config: EngineConfig, device: Device) -> Sequence[int]:
         if chosen.takes_torchs_product:  # which only a CUDA graph records
             return ()
         return range(1, min(config.max_batch_size, MAX_SEQUENCES) + 1)
-    largest = min(config.max_batch_size, GRAPH_SIZES[-1])
-    return [*(size for size in GRAPH_SIZES if size < largest), largest]
+    return config.graph_sizes
 
 
 def is_decode(chunks: Sequence[Chunk]) -> bool:

@@ -179,7 +179,7 @@ class _Demand:
         self.heads = Heads.share(Ranks(0, self.num_ranks), model.num_heads, model.num_kv_heads, model.head_dim)
         self.weights_bytes = measured.weights_bytes if measured else self.item_bytes * self._num_weights(checkpoint)
         self.working_bytes = (measured.working_bytes if measured else self._working_bytes()) + self._vision_bytes()
-        self.graph_bytes = self._step_bytes(config.max_batch_size, config.max_batch_size) if gpu else 0
+        self.graph_bytes = self._graph_bytes() if gpu else 0
         self.block_bytes = 2 * model.num_layers * len(self.heads.key) * BLOCK_SIZE * model.head_dim * self.cache_dtype.itemsize
         self.blocks_of_one = -(-length // BLOCK_SIZE) * (2 if model.is_encoder_decoder else 1)  # each end may be so long
         self.num_blocks = self._num_blocks()
@@ -209,6 +209,11 @@ class _Demand:
         heads = 2 * (len(self.heads.query) + len(self.heads.key)) * model.head_dim
         per_token = (4 * model.hidden_size + heads + feed_forward // self.num_ranks) * self.item_bytes
         return tokens * per_token + rows * model.vocab_size * 4
+
+    def _graph_bytes(self) -> int:
+        """Tensors of CUDA graphs: a step's, whose memory they share, and the logits of each, which it keeps."""
+        sizes = self.config.graph_sizes
+        return self._step_bytes(max(sizes, default=0), sum(sizes))
 
     def _vision_bytes(self) -> int:
         """An image's pixels, what the vision tower makes of one tile in a layer, and of all tiles in those that are looked at,

@@ -204,7 +204,7 @@ def rows(limits: Limits, work: Work, device: str) -> Iterator[Row]:
 def measured(folder: Path, work: Work, way: str, limits: Limits, weight_bytes: int, device: str) -> Iterator[Row]:
     """Rows of one engine, each batch with recorded decode steps, the same without overlap, and from Python."""
     engine = open_engine(folder, work)
-    recorded = engine._runner.decodes
+    recorded, held_before = engine._runner.decodes, held_by_driver(device)
     for num, prompts in work.batches.items():
         for how, decodes, overlaps in (("recorded", recorded, True), ("no overlap", recorded, False), ("from Python", None, True)):
             engine._runner.decodes, engine._overlaps = decodes, overlaps
@@ -215,9 +215,21 @@ def measured(folder: Path, work: Work, way: str, limits: Limits, weight_bytes: i
             yield busy_row(f"GPU busy, {name}", engine, prompts, seconds, work, device)
         engine._runner.decodes = recorded
         yield same_row(f"same ids with and without overlap, batch {num}, {way}", engine, prompts, work)
+    graphs = (
+        f"{(held_by_driver(device) - held_before) / 1e6:.0f} MB beside tensors, for which {engine.memory.graph_bytes / 1e6:.0f}"
+    )
+    yield Row(f"recordings of {getattr(recorded, 'sizes_recorded', [])} sequences, {way}", note=f"{graphs} MB are planned")
     engine.close()
     del engine, recorded
     release(device)
+
+
+def held_by_driver(device: str) -> int:
+    """Of the GPU's memory in bytes, what is no tensor's."""
+    if device != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def same_row(name: str, engine: Engine, prompts: list[list[int]], work: Work) -> Row:

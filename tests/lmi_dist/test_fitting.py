@@ -49,6 +49,17 @@ def test_pool_is_what_the_share_leaves(folder: Path) -> None:
     assert memory.num_blocks == (90 * MEGA - 50 * MEGA - memory.graph_bytes) // memory.block_bytes
 
 
+def test_each_graph_keeps_its_logits(folder: Path) -> None:
+    """The other tensors of a step all graphs share."""
+    one, two, three = (plan(folder, GpuMemory(GIGA, GIGA), max_batch_size=size).graph_bytes for size in (1, 2, 3))
+    logits = 4 * tiny_models.VOCABULARY  # of a row
+    others = one - logits
+
+    assert two == 2 * others + (1 + 2) * logits
+    assert three == 3 * others + (1 + 2 + 3) * logits
+    assert plan(folder, GpuMemory(GIGA, GIGA), enforce_eager=True).graph_bytes == 0
+
+
 def test_what_others_hold_is_not_taken(folder: Path) -> None:
     assert plan(folder, GpuMemory(100 * MEGA, 40 * MEGA)).available_bytes == 40 * MEGA
     assert plan(folder, GpuMemory(100 * MEGA, 90 * MEGA), gpu_memory_utilization=0.5).available_bytes == 50 * MEGA
