@@ -96,6 +96,10 @@ struct FloatNumbers {
     }
   }
 
+  static void soft_cap(float *scores, float cap) {
+    for (int j = 0; j < kTile; ++j) scores[j] = cap * tanh_of(scores[j] / cap);
+  }
+
   /* The greatest of the scores and `max`; a NaN is none. */
   static float max_of(const float *scores, float max) {
     float maxima[kSumLanes];

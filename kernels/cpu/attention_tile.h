@@ -7,11 +7,10 @@ namespace lmi::LMI_LEVEL {
 namespace {
 
 /* Of scaled products: soft cap, biases. distance: the tile's first key minus the row's position. */
+template <class Numbers>
 void add_biases(const Problem &problem, int64_t head, int64_t distance, float *scores) {
   const lmi_attention_args &args = problem.args;
-  if (args.soft_cap > 0.0f) {
-    for (int j = 0; j < kTile; ++j) scores[j] = args.soft_cap * tanh_of(scores[j] / args.soft_cap);
-  }
+  if (args.soft_cap > 0.0f) Numbers::soft_cap(scores, args.soft_cap);
   if (is_given(args.alibi)) {
     const float slope = static_cast<const float *>(args.alibi.data)[head], from = static_cast<float>(distance);
     for (int j = 0; j < kTile; ++j) scores[j] += slope * (from + static_cast<float>(j));
@@ -71,7 +70,7 @@ void attend_rows(const Problem &problem, int64_t row, int64_t tile, Scratch<Numb
   for (int r = 0; r < Rows; ++r) {
     float *scores = scratch.scores + r * kTile;
     for (int j = 0; j < kTile; ++j) scores[j] *= scale;
-    if (problem.is_biased) add_biases(problem, scratch.about[row + r].head, tile - scratch.about[row + r].position, scores);
+    if (problem.is_biased) add_biases<Numbers>(problem, scratch.about[row + r].head, tile - scratch.about[row + r].position, scores);
   }
   weigh_rows<Numbers, Rows>(scratch.scores, seen, states, row, problem.padded, scratch.weights);
   for (int r = 0; r < Rows; ++r) add_alone(r, {seen[r].first, shared.is_empty() ? seen[r].last : shared.first});

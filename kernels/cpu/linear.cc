@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kCacheBytes = 768 * 1024; /* of the 1 or 2 MiB that a core's second-level cache has */
 constexpr int64_t kAheadBytes = 12 * 1024;  /* what a single tile asks for */
 constexpr int64_t kFewTiles = 4; /* whose x may come from the second-level cache at each panel */
-constexpr int64_t kFewTilesInputs = 512;
+constexpr int64_t kFewTilesInputs = 512; /* at most */
 
 /* Up to Tiles::kBlockRows rows of x times the whole weight. */
 template <class Tiles>
@@ -85,7 +85,7 @@ class Block {
 
   int64_t part_inputs() const {
     if (num_tiles_ == 1) return args_.in_features;
-    const int64_t part = num_tiles_ <= kFewTiles ? kFewTilesInputs : Tiles::kPartInputs;
+    const int64_t most = Tiles::kPartInputs, part = num_tiles_ <= kFewTiles ? std::min(kFewTilesInputs, most) : most;
     return layout_.num_groups == 1 ? part : std::max<int64_t>(1, part / layout_.group_inputs) * layout_.group_inputs;
   }
 

@@ -12,7 +12,8 @@ namespace {
  * x: [steps of 32 inputs][rows][32], inputs beyond the last one 0. */
 class AmxTiles {
  public:
-  static constexpr int64_t kMaxRows = 32, kBlockRows = 1024, kPartInputs = 512; /* a tile's x in the first-level cache */
+  static constexpr int64_t kMaxRows = 32, kPartInputs = 256; /* a tile's x and a panel's weights in the first-level cache */
+  static constexpr int64_t kBlockRows = 512; /* their x in the second-level cache */
 
   AmxTiles() = default;
   AmxTiles(const AmxTiles &) = delete;
