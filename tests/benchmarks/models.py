@@ -147,7 +147,7 @@ def theirs(kind: str, folder: Path, batch: Batch, options: argparse.Namespace) -
 
     def work() -> int:
         with torch.inference_mode():
-            model.generate(**inputs, do_sample=False, pad_token_id=2, **length)
+            model.generate(**inputs, do_sample=False, pad_token_id=2, use_cache=True, **length)  # MPT's configuration says false
         return len(batch.ids) * options.new_tokens
 
     return work
