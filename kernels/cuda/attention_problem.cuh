@@ -68,8 +68,12 @@ struct Question {
     return {window ? max(0, position - window + 1) : 0, is_causal ? position + 1 : num_keys};
   }
 
-  /* From a product of q and k to a score in powers of two: scale, soft cap, biases. distance: key minus query position. */
-  __device__ float score(float product, int head, int distance) const {
+  /* Whether a score is but a scaled product; in powers of two. */
+  __device__ __forceinline__ bool has_plain_scores() const { return !(soft_cap > 0.0f) && !alibi && !bias; }
+  __device__ __forceinline__ float plain_score(float product) const { return product * (scale * kLog2e); }
+
+  /* From a product of q and k to a score otherwise: scale, soft cap, biases. distance: key minus query position. */
+  __device__ float mixed_score(float product, int head, int distance) const {
     float s = product * scale;
     if (soft_cap > 0.0f) s = soft_cap * tanhf(s / soft_cap);
     if (alibi) s += alibi[head] * static_cast<float>(distance);
@@ -77,9 +81,9 @@ struct Question {
     return s * kLog2e;
   }
 
-  /* The same where there is but the scale. */
-  __device__ __forceinline__ bool has_plain_scores() const { return !(soft_cap > 0.0f) && !alibi && !bias; }
-  __device__ __forceinline__ float plain_score(float product) const { return product * scale * kLog2e; }
+  __device__ float score(float product, int head, int distance) const {
+    return has_plain_scores() ? plain_score(product) : mixed_score(product, head, distance);
+  }
 
   /* What stands in a row of the result: the weighted sum of values by the sum of weights; without keys 0. */
   __device__ __forceinline__ float result(float value, float sum) const { return sum == 0.0f ? 0.0f : value / sum * v_scale; }

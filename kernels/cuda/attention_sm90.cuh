@@ -1,7 +1,8 @@
 /* Attention of prompts on sm_90a. A block owns units of 128 rows of one sequence and key head: four warps have the copy engine bring
  * tiles of 64 keys and values, block by block of the cache, through a ring in shared memory; two groups of four warps multiply 64
- * rows each (wgmma), their scores and weighted values in registers, the sums of earlier splits in shared memory. While a group works
- * on a tile's softmax, its products with the values of the tile before are on their way. Bound by the matrix units.
+ * rows each (wgmma), queries, scores and weighted values in registers, the sums of earlier splits in shared memory. While a group works
+ * on a tile's softmax, its products with the next tile's keys and with the values of the tile before are on their way. Bound by the
+ * matrix units.
  *
  * Scores, weights and values are summed in the order of attention_tiles.cuh. */
 #pragma once
@@ -115,7 +116,7 @@ class RowGroup {
   /* Where chunk c of row r of the queries or results lies, as the copy engine would have laid it down. */
   __device__ T *place(int row, int chunk) const { return queries_ + (chunk / 8 * kGroupRows + row) * kPanel + ((chunk ^ row) & 7) * 8; }
 
-  /* Queries to shared memory, 0 where there is none; what the lane's rows see. */
+  /* Queries through shared memory to registers, 0 where there is none; what the lane's rows see. */
   __device__ void start(const Unit &unit) {
     constexpr int kChunks = kPadded / 8;
     const int first_token = attention_.starts[unit.sequence];
@@ -130,65 +131,84 @@ class RowGroup {
     const int first_row = group_ * kGroupRows;
     rows_ = ScoredRows(attention_, unit, first_row + warp_ * 16 + lane_ / 4, {first_row, first_row + kGroupRows});
     ptx::wait_copies<0>();
-    ptx::fence_async();
     sync_group();
+#pragma unroll
+    for (int k = 0; k < kPadded / 16; ++k) {
+      ptx::load_matrices<4>(q_[k], ptx::shared_address(place(warp_ * 16 + lane_ % 16, 2 * k + lane_ / 16)));
+    }
   }
 
   /* ---- tiles ---- */
 
+  /* What a thread holds from tile to tile. */
+  struct Work {
+    float products[8][4], scores[8][4];  /* with the next tile's keys; of this tile */
+    uint32_t weights[kTile / 16][4];     /* of the tile before */
+    Softmax total;                       /* of the splits that are done, whose values are in shared memory */
+    bool has_total = false;
+  };
+
   __device__ void attend_tiles(const UnitTiles &tiles, State &part) const {
-    Softmax total; /* of the splits that are done, whose values are in shared memory */
-    bool is_first_split = true;
-    float scores[8][4], keep[2];
-    uint32_t weights[kTile / 16][4];
-    total.clear();
-    multiply_keys(step_, scores);
-    ptx::wait_products<0>();
-    ptx::hold_registers(scores);
+    Work work;
+    work.total.clear();
+    multiply_keys(step_, work.products);
+    await_products(work, part);
     ring_.release(step_);
-    rows_.score(attention_, scores, tiles.first * kTile);
-    part.weigh(scores, keep); /* nothing is there to keep */
-    round_weights<T>(scores, weights);
-    for (int tile = 1; tile < tiles.num; ++tile) {
-      const int step = step_ + 2 * tile;
-      multiply_keys(step, scores);
-      add_values(step - 1, weights, part.values);
-      ptx::wait_products<1>();
-      ptx::hold_registers(scores);
-      ring_.release(step);
-      const bool begins_split = (tiles.first + tile) % (kSplit / kTile) == 0;
-      Softmax next = part;
-      if (begins_split) next.clear();
-      rows_.score(attention_, scores, (tiles.first + tile) * kTile);
-      next.weigh(scores, keep);
-      ptx::hold_registers(scores);
-      /* The wait stands behind a branch, for within one block of code the compiler has the softmax wait for the products, too. */
-      if (begins_split) {
-        await_values(step - 1, weights, part.values);
-        merge(total, is_first_split, part);
-        is_first_split = false;
-        for_values(part, [&](float &value, int i) {
-          total_[i * ptx::kGroupThreads] = value;
-          value = 0.0f;
-        });
-      } else {
-        await_values(step - 1, weights, part.values);
-        part.scale(keep);
-      }
-      static_cast<Softmax &>(part) = next;
-      round_weights<T>(scores, weights);
+    rows_.score(attention_, work.products, tiles.first * kTile, work.scores);
+    const int last = tiles.num - 1;
+    if (last == 0) {
+      attend_tile<false, false>(tiles, 0, work, part);
+    } else {
+      attend_tile<false, true>(tiles, 0, work, part);
+      for (int tile = 1; tile < last; ++tile) attend_tile<true, true>(tiles, tile, work, part);
+      attend_tile<true, false>(tiles, last, work, part);
     }
-    add_values(step_ + 2 * tiles.num - 1, weights, part.values);
-    await_values(step_ + 2 * tiles.num - 1, weights, part.values);
-    merge(total, is_first_split, part);
-    static_cast<Softmax &>(part) = total;
+    add_values(step_ + 2 * last + 1, work.weights, part.values);
+    await_products(work, part);
+    ring_.release(step_ + 2 * last + 1);
+    merge(work, part);
+    static_cast<Softmax &>(part) = work.total;
   }
 
-  /* total and part together; values: in part. */
-  __device__ void merge(Softmax &total, bool is_first_split, State &part) const {
+  /* While the softmax of a tile is at work, the products with the next tile's keys and those with the values of the tile before are on
+   * their way. None is from one tile to the next: the compiler would have each wait for itself. */
+  template <bool kHasPrevious, bool kHasNext>
+  __device__ __forceinline__ void attend_tile(const UnitTiles &tiles, int tile, Work &work, State &part) const {
+    const int step = step_ + 2 * tile;
+    const bool begins_split = kHasPrevious && (tiles.first + tile) % (kSplit / kTile) == 0;
+    if constexpr (kHasNext) multiply_keys(step + 2, work.products);
+    if constexpr (kHasPrevious) add_values(step - 1, work.weights, part.values);
+    Softmax softmax = part;
+    float keep[2];
+    if (begins_split) softmax.clear();
+    softmax.weigh(work.scores, keep);
+    ptx::hold_registers(work.scores);
+    /* The wait stands behind a branch, for within one block of code the compiler has the softmax wait for the products, too. */
+    if (begins_split) {
+      await_products(work, part);
+      merge(work, part);
+      for_values(part, [&](float &value, int i) {
+        total_[i * ptx::kGroupThreads] = value;
+        value = 0.0f;
+      });
+    } else {
+      await_products(work, part);
+      part.scale(keep);
+    }
+    if constexpr (kHasPrevious) ring_.release(step - 1);
+    static_cast<Softmax &>(part) = softmax;
+    round_weights<T>(work.scores, work.weights);
+    if constexpr (!kHasNext) return;
+    ring_.release(step + 2);
+    rows_.score(attention_, work.products, (tiles.first + tile + 1) * kTile, work.scores);
+  }
+
+  /* Total and part together; values: in part. */
+  __device__ void merge(Work &work, State &part) const {
+    Softmax &total = work.total;
     const Merge both[2] = {{total.max[0], total.sum[0], part.max[0], part.sum[0]}, {total.max[1], total.sum[1], part.max[1], part.sum[1]}};
     for_values(part, [&](float &value, int i) {
-      const float before = is_first_split ? 0.0f : total_[i * ptx::kGroupThreads];
+      const float before = work.has_total ? total_[i * ptx::kGroupThreads] : 0.0f;
       value = both[i / 2 % 2](before, value);
     });
 #pragma unroll
@@ -196,6 +216,7 @@ class RowGroup {
       total.sum[r] = both[r](total.sum[r], part.sum[r]);
       total.max[r] = both[r].max;
     }
+    work.has_total = true;
   }
 
   /* fn(value, its number) */
@@ -206,38 +227,37 @@ class RowGroup {
   }
 
   /* scores = queries * keys, 16 of D at a time in ascending order */
-  __device__ void multiply_keys(int step, float (&scores)[8][4]) const {
+  __device__ __forceinline__ void multiply_keys(int step, float (&scores)[8][4]) const {
     ring_.await_full(step);
-    const uint32_t queries = ptx::shared_address(queries_), keys = ring_.place(step);
+    const uint64_t keys = ptx::matrix_at(ring_.place(step));
     ptx::fence_products();
 #pragma unroll
     for (int k = 0; k < kPadded / 16; ++k) {
-      const uint32_t column = k % 4 * 32;
-      const uint64_t left = ptx::matrix_at(queries + k / 4 * kGroupRows * kPanelRow + column);
-      ptx::multiply_async<T, kTile>(scores, left, ptx::matrix_at(keys + k / 4 * kTile * kPanelRow + column), k > 0);
+      ptx::multiply_async<T, kTile>(scores, q_[k], ptx::matrix_beyond(keys, k / 4 * kTile * kPanelRow + k % 4 * 32), k > 0);
     }
     ptx::commit_products();
   }
 
   /* values += weights * the tile's values, 16 keys at a time in ascending order */
-  __device__ void add_values(int step, uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
+  __device__ __forceinline__ void add_values(int step, uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
     ring_.await_full(step);
-    const uint32_t tile = ring_.place(step);
+    const uint64_t tile = ptx::matrix_at(ring_.place(step), kTile * kPanelRow);
     ptx::hold_registers(weights);
     ptx::hold_registers(values);
     ptx::fence_products();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
-      ptx::multiply_async<T, kPadded, true>(values, weights[k], ptx::matrix_at(tile + k * 16 * kPanelRow, kTile * kPanelRow), true);
+      ptx::multiply_async<T, kPadded, true>(values, weights[k], ptx::matrix_beyond(tile, k * 16 * kPanelRow), true);
     }
     ptx::commit_products();
   }
 
-  __device__ __forceinline__ void await_values(int step, uint32_t (&weights)[kTile / 16][4], float (&values)[kPadded / 8][4]) const {
+  /* Until none is on its way. */
+  __device__ __forceinline__ void await_products(Work &work, State &part) const {
     ptx::wait_products<0>();
-    ptx::hold_registers(values);
-    ptx::hold_registers(weights);
-    ring_.release(step);
+    ptx::hold_registers(work.products);
+    ptx::hold_registers(work.weights);
+    ptx::hold_registers(part.values);
   }
 
   /* ---- results ---- */
@@ -276,6 +296,7 @@ class RowGroup {
   const int group_, lane_, warp_;
   int step_ = 0;
   ScoredRows rows_;
+  uint32_t q_[kPadded / 16][4]; /* the warp's rows, as the left side of products */
 };
 
 /* ---- the kernel ---- */

@@ -119,8 +119,7 @@ class SplitAtWork {
     uint32_t q[kPadded / 16][4];
     read_queries<kPadded, 2>(attention_, unit, q);
     const ScoredRows rows(attention_, unit, lane_ / 4, {0, kUnitRows});
-#pragma unroll
-    for (int n = 0; n < 8; ++n) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+    float products[8][4] = {};
     pass_keys(0, warp_);
     keys_.await_full(step_ + warp_);
     const uint32_t tile = keys_.place(step_ + warp_);
@@ -131,13 +130,13 @@ class SplitAtWork {
         uint32_t b[4];
         ptx::load_matrices<4>(b, tile + place_in_panels(n * 8 + lane_ / 16 * 8 + lane_ % 8, 2 * k + lane_ / 8 % 2));
         const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-        ptx::multiply<T>(scores[n], q[k], left);
-        ptx::multiply<T>(scores[n + 1], q[k], right);
+        ptx::multiply<T>(products[n], q[k], left);
+        ptx::multiply<T>(products[n + 1], q[k], right);
       }
     }
     __syncwarp(); /* all lanes have read the keys */
     keys_.release(step_ + warp_);
-    rows.score(attention_, scores, first_key);
+    rows.score(attention_, products, first_key, scores);
   }
 
   /* ---- softmax, as Softmax::weigh takes one tile after the other ---- */

@@ -34,26 +34,31 @@ struct ScoredRows {
     seen_by_all = {attention.seen(unit.sequence, query(all.last - 1)).first, attention.seen(unit.sequence, query(all.first)).last};
   }
 
-  /* Products with 64 keys from first_key on become scores; those that a row does not see, -infinity. */
-  __device__ __forceinline__ void score(const Question &attention, float (&scores)[8][4], int first_key) const {
-    if (attention.has_plain_scores()) for_each(scores, [&](float &score, int, int) { score = attention.plain_score(score); });
-    else for_each(scores, [&](float &score, int r, int column) { score = attention.score(score, head[r], first_key + column - position[r]); });
+  /* Scores of products with 64 keys from first_key on; of those that a row does not see, -infinity. */
+  __device__ __forceinline__ void score(const Question &attention, const float (&products)[8][4], int first_key, float (&scores)[8][4]) const {
+    if (attention.has_plain_scores()) {
+      for_each([&](int n, int i, int, int) { scores[n][i] = attention.plain_score(products[n][i]); });
+    } else {
+      for_each([&](int n, int i, int r, int column) {
+        scores[n][i] = attention.mixed_score(products[n][i], head[r], first_key + column - position[r]);
+      });
+    }
     if (first_key >= seen_by_all.first && first_key + kTile <= seen_by_all.last) return;
     const Range seen[2] = {attention.seen_from(position[0], num_keys), attention.seen_from(position[1], num_keys)};
-    for_each(scores, [&](float &score, int r, int column) {
+    for_each([&](int n, int i, int r, int column) {
       const int key = first_key + column;
-      if (key < seen[r].first || key >= seen[r].last) score = -INFINITY;
+      if (key < seen[r].first || key >= seen[r].last) scores[n][i] = -INFINITY;
     });
   }
 
  private:
-  /* fn(score, which of the lane's rows, key in the tile) */
+  /* fn(product, number in it, which of the lane's rows, key in the tile) */
   template <class Function>
-  __device__ static __forceinline__ void for_each(float (&scores)[8][4], Function fn) {
+  __device__ static __forceinline__ void for_each(Function fn) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) fn(scores[i / 2][2 * r + i % 2], r, i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2);
+      for (int i = 0; i < 4; ++i) fn(n, i, i / 2, n * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2);
     }
   }
 };

@@ -184,6 +184,9 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address, uint32_t leading
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | kStride << 32 | kSwizzle128 << 62;
 }
 
+/* The one so many bytes further. */
+__device__ __forceinline__ uint64_t matrix_beyond(uint64_t matrix, uint32_t num_bytes) { return matrix + (num_bytes >> 4); }
+
 /* The compiler knows nothing of products on their way: it must not move what reads or writes these registers across this point,
  * which stands behind a wait, or before a fence where they were written. */
 template <class Register, int kNum>

@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kBlock, 1) async_product_kernel(const uint32_t
   ptx::fence_products();
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const uint32_t place = ptx::shared_address(b);
-    const uint64_t right = kIsTransposed ? ptx::matrix_at(place + k * 2048, kPanel * 2) : ptx::matrix_at(place + k * 32);
+    const uint64_t first = ptx::matrix_at(ptx::shared_address(b), kIsTransposed ? kPanel * 2 : 16);
+    const uint64_t right = ptx::matrix_beyond(first, k * (kIsTransposed ? 2048 : 32));
     if constexpr (kInRegisters) ptx::multiply_async<T, kN, kIsTransposed>(d, left[k], right, k > 0);
     else ptx::multiply_async<T, kN, kIsTransposed>(d, ptx::matrix_at(ptx::shared_address(a) + k * 32), right, k > 0);
     ptx::commit_products();
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBlock, 1) async_product_kernel(const uint32_t
 }
 
 #define LMI_GOLDEN_WGMMA(name, T, N, is_transposed, in_registers)                                                                      \
-  {"wgmma " name, "fence_async matrix_at hold_registers fence_products multiply_async commit_products wait_products", #T, "90+", kProductWords<T, N>, \
+  {"wgmma " name, "fence_async matrix_at matrix_beyond hold_registers fence_products multiply_async commit_products wait_products", #T, "90+", kProductWords<T, N>, \
    64 * N, run_block<async_product_kernel<T, N, is_transposed, in_registers>, kBlock, 64 * 64 * 2 + N * 64 * 2>}
 
 #define LMI_GOLDENS_SM90                                                                                                      \
