@@ -174,6 +174,7 @@ class _Demand:
         self.gpu, self.measured = gpu, measured
         self.config, self.model, self.dtype, self.length, self.available_bytes = config, model, dtype, length, available_bytes
         self.item_bytes = TORCH_DTYPES[dtype].itemsize
+        self.packs_weights = gpu is None or config.batch_invariant  # else a GPU's products take them as they are
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else TORCH_DTYPES[dtype]
         self.num_ranks = config.tensor_parallel_degree
         self.heads = Heads.share(Ranks(0, self.num_ranks), model.num_heads, model.num_kv_heads, model.head_dim)
@@ -185,10 +186,10 @@ class _Demand:
         self.num_blocks = self._num_blocks()
 
     def _num_weights(self, checkpoint: Checkpoint) -> int:
-        """Elements of this rank's weights: its share of the matrices, all of the rest. A tied embedding counts twice, since the
+        """Elements of this rank's weights: its share of the matrices, all of the rest. A tied embedding counts twice where the
         head holds a packed copy of it; key heads that several ranks hold count on each."""
         model, num_ranks = self.model, self.num_ranks
-        tied = model.vocab_size * model.hidden_size if model.tied_embeddings else 0
+        tied = model.vocab_size * model.hidden_size if model.tied_embeddings and self.packs_weights else 0
         matrices = tied + sum(info.num_elements for info in checkpoint.tensors.values() if len(info.shape) > 1)
         rest = sum(info.num_elements for info in checkpoint.tensors.values() if len(info.shape) <= 1)
         num_repeated = len(self.heads.key) * num_ranks - model.num_kv_heads
@@ -206,6 +207,7 @@ class _Demand:
         model = self.model
         feed_forward = model.keys.integer("intermediate_size", default=4 * model.hidden_size)
         feed_forward *= model.keys.integer("num_experts_per_tok", default=1)
+        feed_forward *= 1 if self.packs_weights else 3  # gate and up are there before what comes of them
         heads = 2 * (len(self.heads.query) + len(self.heads.key)) * model.head_dim
         per_token = (4 * model.hidden_size + heads + feed_forward // self.num_ranks) * self.item_bytes
         return tokens * per_token + rows * model.vocab_size * 4

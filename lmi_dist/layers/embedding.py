@@ -6,6 +6,7 @@ from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.layers.linear import Linear
 from lmi_dist.link import Link
+from lmi_dist.quant.unquantized import share
 from lmi_dist.weights import Weights
 
 
@@ -55,9 +56,19 @@ class Head:
         self.linear, self.vocab_size, self.link = linear, vocab_size, link
 
     @classmethod
-    def load(cls, weights: Weights, prefix: str, vocab_size: int, hidden_size: int, *, bias: bool = False) -> "Head":
-        """`prefix` is the embedding's where the two are tied: the head then packs a copy of its own."""
-        linear = Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size], bias=bias)
+    def load(
+        cls,
+        weights: Weights,
+        prefix: str,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = False,
+        tied: Embedding | None = None,
+    ) -> "Head":
+        """`tied`: the embedding, if `prefix` is its. Where weights are packed the head has a copy of its own, else the table."""
+        weight = None if tied is None else share(tied.table)
+        linear = Linear.load(weights, [prefix], "outputs", inputs=hidden_size, outputs=[vocab_size], bias=bias, weight=weight)
         return cls(linear, vocab_size, weights.link)
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:

@@ -36,11 +36,12 @@ class Linear:
         bias: bool = False,
         gated: bool = False,
         transposed: bool = False,
+        weight: LinearWeight | None = None,
     ) -> "Linear":
         """Fuse the linears `prefixes`, whose whole sizes are [outputs[i],inputs]. `parts`: what this rank takes of each prefix's
         outputs (one prefix may come several times with different ones), or [slice of the inputs]; unset: an equal share. `gated`:
-        gate and up projection, of which the forward gives act(gate) * up. `transposed`: the file holds [inputs,outputs[i]]. Raises
-        CheckpointError, and ConfigError if there is not something for each rank."""
+        gate and up projection, of which the forward gives act(gate) * up. `transposed`: the file holds [inputs,outputs[i]].
+        `weight`: there already, not to be read. Raises CheckpointError, and ConfigError if there is not something for each rank."""
         ranks = weights.ranks
         if split == "inputs":
             rows, columns = [slice(0, size) for size in outputs], parts[0] if parts else ranks.slice(inputs, prefixes[0])
@@ -52,7 +53,7 @@ class Linear:
             Piece(prefix, size, inputs, part, offset, transposed)
             for prefix, size, part, offset in zip(prefixes, outputs, rows, offsets[:-1], strict=True)
         ]
-        weight = quant.load(weights, pieces, columns, gated=gated)
+        weight = weight or quant.load(weights, pieces, columns, gated=gated)
         return cls(weight, _load_bias(weights, pieces) if bias else None, split, weights.link)
 
     def __call__(

@@ -47,6 +47,7 @@ class Decoder:
         then hold the head for nothing."""
         vocab, hidden = config.vocab_size, config.hidden_size
         self.tokens = Embedding.load(weights, tokens, vocab, hidden, scale=scale)
-        self.head = Head.load(weights, tokens if config.tied_embeddings else head, vocab, hidden, bias=bias)
-        if config.tied_embeddings:
+        tied = self.tokens if config.tied_embeddings else None
+        self.head = Head.load(weights, tokens if tied else head, vocab, hidden, bias=bias, tied=tied)
+        if tied:
             self.ignored = (*self.ignored, rf"{head}\.weight")

@@ -63,8 +63,9 @@ class OPTForCausalLM(Decoder):
         self.final_norm = None
         if keys.boolean("do_layer_norm_before", default=True) and not keys.boolean("_remove_final_layer_norm", default=False):
             self.final_norm = LayerNorm.load(weights, f"{prefix}.final_layer_norm", hidden, EPS)
-        self.head = Head.load(weights, f"{prefix}.embed_tokens" if config.tied_embeddings else "lm_head", config.vocab_size, width)
-        if config.tied_embeddings:
+        tied = self.tokens if config.tied_embeddings else None
+        self.head = Head.load(weights, f"{prefix}.embed_tokens" if tied else "lm_head", config.vocab_size, width, tied=tied)
+        if tied:
             self.ignored = (r"lm_head\.weight",)
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:

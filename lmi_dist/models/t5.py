@@ -135,7 +135,7 @@ class T5ForConditionalGeneration:
         bias = _relative_bias(config, weights, "decoder")
         self.decoder = [DecoderLayer(config, weights, f"decoder.block.{i}", i, bias) for i in range(config.num_layers)]
         self.norm = Norm(config, weights, "decoder.final_layer_norm")
-        self.head = Head.load(weights, head, vocab, hidden)
+        self.head = Head.load(weights, head, vocab, hidden, tied=self.embed if head == embedding else None)
         # Whether the head was tied when the model was trained, which is not always how it is stored.
         is_scaled = keys.boolean("scale_decoder_outputs", default=config.tied_embeddings)
         self.head_scale = hidden**-0.5 if is_scaled else 1.0

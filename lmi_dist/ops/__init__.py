@@ -7,7 +7,7 @@ from lmi_dist.ops.column import chosen, cuda_architectures, describe, select, us
 from lmi_dist.ops.embedding import embedding
 from lmi_dist.ops.flash import GATHERED_KEYS, PromptCall, Prompts
 from lmi_dist.ops.graph import GraphPool
-from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear
+from lmi_dist.ops.linear import PackedWeight, grouped_linear, linear, pack_experts, pack_linear, row_major
 from lmi_dist.ops.lora import lora
 from lmi_dist.ops.moe import Routing, moe_combine, moe_gather, moe_route
 from lmi_dist.ops.norm import layer_norm, rms_norm
@@ -52,6 +52,7 @@ __all__ = [
     "penalize",
     "rms_norm",
     "rotary",
+    "row_major",
     "sample",
     "select",
     "using",

@@ -114,6 +114,13 @@ class RowMajorWeight(PackedWeight):
         super().__init__(shape, None, data)
 
 
+def row_major(w: Tensor) -> RowMajorWeight | None:
+    """w [F,E] as a weight, without a copy, if the column in use takes such; else None."""
+    if not column.chosen().takes_torchs_product:
+        return None
+    return RowMajorWeight(WeightShape(out_features=w.shape[0], in_features=w.shape[1], dtype=w.dtype), w)
+
+
 def pack_linear(
     out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False, format: Format = "dense", group: int = 0
 ) -> PackedWeight:

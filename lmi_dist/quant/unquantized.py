@@ -43,6 +43,12 @@ def load(weights: Weights, pieces: list[Piece], columns: slice, *, gated: bool) 
     return UnquantizedWeight(packed)
 
 
+def share(table: torch.Tensor) -> LinearWeight | None:
+    """A table [F,E] as a weight, which lies where it is; None where weights are packed."""
+    weight = ops.row_major(table)
+    return None if weight is None else UnquantizedWeight(weight)
+
+
 def load_experts(weights: Weights, experts: list[list[Piece]], columns: slice, *, gated: bool) -> ExpertsWeight:
     """The same for each expert, all in one place for the grouped linear."""
     packed = ops.pack_experts(len(experts), *_sizes(experts[0], columns), weights.dtype, gated=gated)

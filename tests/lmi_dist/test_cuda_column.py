@@ -3,6 +3,7 @@ in place of its own what transformers says."""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import driving
 import pytest
@@ -80,6 +81,16 @@ def test_tensor_cores_generate_the_same_alone_and_together(variant: str, tmp_pat
 
 
 # ---- torch's product ----
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_tied_head_has_a_copy_only_where_weights_are_packed(batch_invariant: bool, tmp_path: Path) -> None:
+    tiny_models.save(tiny_models.build("both-biases-tied"), tmp_path)
+
+    model: Any = driving.make_runner(tmp_path, "sim", batch_invariant=batch_invariant).model
+
+    shares = model.head.linear.weight.packed.data.data_ptr() == model.tokens.table.data_ptr()
+    assert shares != batch_invariant
 
 
 def test_torchs_product_generates_what_transformers_t5_does(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import ConfigError, MemoryPlanError
 from lmi_dist.images import VisionConfig
-from lmi_dist.kv_cache import Dtype, KVCache, MemoryPlan, available_memory, plan_memory, read_cpu_flags, resolve_dtype
+from lmi_dist.kv_cache import Dtype, GpuMemory, KVCache, MemoryPlan, available_memory, plan_memory, read_cpu_flags, resolve_dtype
 from lmi_dist.models import read_config
 from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
@@ -137,6 +137,18 @@ def test_tied_embedding_is_counted_twice(tmp_path: Path) -> None:
     memory = plan(tmp_path, 100 * MEGA, dtype="fp32")
 
     assert memory.weights_bytes == Checkpoint(tmp_path).size_bytes + 512 * 64 * 4
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_tied_embedding_is_counted_once_where_a_gpu_shares_it(tmp_path: Path, batch_invariant: bool) -> None:
+    tiny_models.save(tiny_models.build("tied"), tmp_path)
+    values = {"model": str(tmp_path), "dtype": "fp32", "device": "cuda", "max_batch_size": 4, "batch_invariant": batch_invariant}
+
+    memory = plan_memory(
+        EngineConfig.of(values), read_config(tmp_path), Checkpoint(tmp_path), 100 * MEGA, gpu=GpuMemory(100 * MEGA, 100 * MEGA)
+    )
+
+    assert memory.weights_bytes == Checkpoint(tmp_path).size_bytes + (512 * 64 * 4 if batch_invariant else 0)
 
 
 def test_same_numbers_give_the_same_plan(folder: Path) -> None:
