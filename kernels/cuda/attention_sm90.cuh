@@ -57,6 +57,8 @@ class TileLoader {
       } else if (number_ == kLoaders) {
         load_with(BoxCopies<kPadded>(attention_, boxes_.rows, 0, 1), boxes_.values, first_key, landed_);
         clear_unneeded(first_key, tiles.needed);
+      } else {
+        ring_.await_empty(step_); /* a barrier tells two turns of the ring apart and no more */
       }
     }
   }

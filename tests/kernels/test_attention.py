@@ -523,6 +523,12 @@ def test_prompts_on_sm90a_have_keys_of_their_own(library: Library) -> None:
 
 
 @pytest.mark.sim_column
+def test_prompts_on_sm90a_of_one_begun_tile_each_and_a_long_one(library: Library) -> None:
+    """Of a begun tile one warp loads the values alone; the other must not lose count of the ring's turns meanwhile."""
+    check_prompts(library, Batch.of((300, *[40] * 11, 700), (300, *[40] * 11, 200), heads=(2, 1), dtype=torch.bfloat16))
+
+
+@pytest.mark.sim_column
 @by_option
 @pytest.mark.parametrize("dtype", HALVES)
 def test_splits_on_sm90a_have_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
