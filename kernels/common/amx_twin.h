@@ -48,6 +48,8 @@ inline void _tile_loadd(int to, const void *from, int64_t stride) {
   }
 }
 
+inline void _tile_stream_loadd(int to, const void *from, int64_t stride) { _tile_loadd(to, from, stride); }
+
 inline void _tile_stored(int from, void *to, int64_t stride) {
   fault_unless(tile(from).rows > 0);
   for (int row = 0; row < tile(from).rows; ++row) {

@@ -12,8 +12,8 @@ namespace {
  * x: [steps of 32 inputs][rows][32], inputs beyond the last one 0. */
 class AmxTiles {
  public:
-  static constexpr int64_t kMaxRows = 32, kPartInputs = 256; /* a tile's x and a panel's weights in the first-level cache */
-  static constexpr int64_t kBlockRows = 512; /* their x in the second-level cache */
+  static constexpr int64_t kMaxRows = 32, kPartInputs = 512; /* a tile's x in the first-level cache */
+  static constexpr int64_t kBlockRows = 512;                 /* their x in the second-level cache */
 
   AmxTiles() = default;
   AmxTiles(const AmxTiles &) = delete;
@@ -26,13 +26,19 @@ class AmxTiles {
   static int64_t x_bytes(int64_t width, int64_t num_inputs) { return (num_inputs + kStep - 1) / kStep * kStep * width * 2; }
 
   static void read(const lmi_tensor &x, int64_t first, int64_t num_rows, char *to) {
-    const int64_t num = width(num_rows);
-    for (int64_t e = 0; e < x.size[1]; e += kStep) {
-      const size_t num_bytes = static_cast<size_t>(std::min(kStep, x.size[1] - e)) * 2;
-      for (int64_t row = 0; row < num; ++row, to += 2 * kStep) {
-        if (row >= num_rows || num_bytes < 2 * kStep) std::memset(to, 0, 2 * kStep);
-        if (row < num_rows) std::memcpy(to, static_cast<const uint16_t *>(at(x, first + row)) + e, num_bytes);
+    const int64_t num = width(num_rows), step_bytes = num * 2 * kStep, rest = x.size[1] % kStep;
+    char *const end = to + step_bytes * (x.size[1] / kStep);
+    for (int64_t row = 0; row < num; ++row, to += 2 * kStep) {
+      const char *from = row < num_rows ? static_cast<const char *>(at(x, first + row)) : nullptr;
+      char *step = to;
+      for (; step < end; step += step_bytes) { /* of a fixed size: instructions, no calls */
+        if (from) std::memcpy(step, from, 2 * kStep);
+        else std::memset(step, 0, 2 * kStep);
+        if (from) from += 2 * kStep;
       }
+      if (rest == 0) continue;
+      std::memset(step, 0, 2 * kStep);
+      if (from) std::memcpy(step, from, static_cast<size_t>(2 * rest));
     }
   }
 
@@ -40,8 +46,10 @@ class AmxTiles {
     configure(static_cast<int>(std::min<int64_t>(width, 16)));
     const char *weights = panel + inputs.first / kStep * kWeightBytes;
     const int64_t num_steps = (inputs.num + kStep - 1) / kStep;
-    if (width == kMaxRows) multiply_32(weights, num_steps, x, y, inputs.first == 0, next);
-    else multiply_16(weights, num_steps, x, width * 2 * kStep, y, inputs.first == 0, next);
+    with_lines(next.step, [&](auto lines) {
+      if (width == kMaxRows) multiply_32<lines>(weights, num_steps, x, y, inputs.first == 0, next);
+      else multiply_16<lines>(weights, num_steps, x, width * 2 * kStep, y, inputs.first == 0, next);
+    });
   }
 
  private:
@@ -54,12 +62,27 @@ class AmxTiles {
     tile_rows_ = tile_rows;
   }
 
-  static void ask(Next &next) {
-    const char *end = next.at + kStep / 2 * next.step; /* a step has 16 columns */
-    for (; next.at < end; next.at += 64) __builtin_prefetch(next.at, 0, 2);
-    next.at = end;
+  /* fn(std::integral_constant) of the lines that a step asks for: as many as it takes, or a few more. A loop over them would take
+   * longer than the products beside it. */
+  template <class Function>
+  static void with_lines(int64_t column_bytes, Function fn) {
+    const int64_t lines = column_bytes * (kStep / 2) / 64;
+    if (lines <= 2) return fn(std::integral_constant<int, 2>());
+    if (lines <= 4) return fn(std::integral_constant<int, 4>());
+    if (lines <= 8) return fn(std::integral_constant<int, 8>());
+    if (lines <= 16) return fn(std::integral_constant<int, 16>());
+    return fn(std::integral_constant<int, 32>());
   }
 
+  template <int kLines>
+  static void ask(Next &next) {
+#pragma GCC unroll 32
+    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(next.at + line * 64, 0, 2);
+    next.at += kStep / 2 * next.step; /* a step has 16 columns */
+  }
+
+  /* Weights pass by the first-level cache, where x stays. */
+  template <int kLines>
   static void multiply_32(const char *weights, int64_t num_steps, const char *x, float *y, bool is_first, Next next) {
     if (is_first) {
       _tile_zero(0);
@@ -73,11 +96,11 @@ class AmxTiles {
       _tile_loadd(3, y + kLower + kHalf, kRowBytes);
     }
     for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += kMaxRows * 64) {
-      ask(next);
-      _tile_loadd(6, weights, 128);
+      ask<kLines>(next);
+      _tile_stream_loadd(6, weights, 128);
       _tile_loadd(4, x, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weights + 64, 128);
+      _tile_stream_loadd(7, weights + 64, 128);
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, x + 16 * 64, 64);
       _tile_dpbf16ps(2, 5, 6);
@@ -89,6 +112,7 @@ class AmxTiles {
     _tile_stored(3, y + kLower + kHalf, kRowBytes);
   }
 
+  template <int kLines>
   static void multiply_16(const char *weights, int64_t num_steps, const char *x, int64_t step_bytes, float *y, bool is_first, Next next) {
     if (is_first) {
       _tile_zero(0);
@@ -98,7 +122,7 @@ class AmxTiles {
       _tile_loadd(1, y + kHalf, kRowBytes);
     }
     for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += step_bytes) {
-      ask(next);
+      ask<kLines>(next);
       _tile_loadd(4, x, 64);
       _tile_loadd(6, weights, 128);
       _tile_dpbf16ps(0, 4, 6);
