@@ -15,8 +15,8 @@
 namespace lmi::LMI_LEVEL {
 
 /* The operand of LDTILECFG: all eight tiles with 64 bytes a row; accumulators (0 to 3) and left factors (4, 5) with num_rows rows,
- * right factors (6, 7) with 16 pairs. The tiles are zero afterwards. */
-inline void configure_tiles(int num_rows) {
+ * right factors (6, 7) with 16 pairs. The tiles are zero afterwards. has_short: factors 5 and 7 are half as deep, 8 pairs. */
+inline void configure_tiles(int num_rows, bool has_short = false) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -25,6 +25,10 @@ inline void configure_tiles(int num_rows) {
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = static_cast<uint8_t>(tile < 6 ? num_rows : 16);
+  }
+  if (has_short) {
+    config.row_bytes[5] = 32;
+    config.rows[7] = 8;
   }
   asm volatile("" : : "r"(&config) : "memory"); /* gcc 12 takes the stores above for dead */
   _tile_loadconfig(&config);

@@ -13,6 +13,7 @@ namespace lmi::LMI_LEVEL {
 namespace {
 
 constexpr int64_t kUnitsAThread = 4;       /* with fewer, splits are jobs of their own */
+constexpr int64_t kTileGroup = 4; /* query heads a key head from which on tiles are faster: a decode's row alone leaves them empty */
 constexpr int64_t kWorthAThread = 1 << 16; /* products, about 5 us */
 
 template <class Numbers>
@@ -46,11 +47,7 @@ void attend_split(const Problem &problem, const Unit &unit, int64_t split, const
     TileCache next(problem, place.tile < last ? place : following);
     Numbers::read_keys(problem, cache.keys, scratch, next);
     Numbers::read_values(problem, cache.values, scratch, next);
-    int64_t row = 0;
-    for (; row + kRegisterRows <= unit.rows; row += kRegisterRows) {
-      attend_rows<Numbers, kRegisterRows>(problem, row, tile, scratch, states, next);
-    }
-    for (; row < unit.rows; ++row) attend_rows<Numbers, 1>(problem, row, tile, scratch, states, next);
+    attend_tile(problem, unit.rows, tile, cache, scratch, states, next);
     next.ask_for_rest();
   }
 }
@@ -171,6 +168,9 @@ void attend(const Problem &problem) {
 
 void attention(const lmi_attention_args &args) {
   const Problem problem = problem_of(args);
+#if defined(LMI_AMX)
+  if (args.q.dtype == LMI_BF16 && problem.group >= kTileGroup) return attend<AmxNumbers>(problem);
+#endif
 #if defined(__AVX512BF16__)
   if (args.q.dtype == LMI_BF16) return attend<PairNumbers>(problem);
 #endif

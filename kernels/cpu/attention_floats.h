@@ -1,9 +1,10 @@
 /* Of attention.cc: queries, keys, values and weights as floats, for every dtype at every level.
  *
- * What attention_tile.h expects of a kind of numbers (FloatNumbers, PairNumbers): a Word holds kTogether of them, and, with `padded` for
- * D filled up to a multiple of kPad,
+ * What attention_tile.h expects of a kind of numbers (FloatNumbers, PairNumbers; AmxNumbers has products of its own): a Word holds
+ * kTogether of them, kRows rows are taken side by side, Tools is what a thread needs for it, and, with `padded` for D filled up to a
+ * multiple of kPad,
  *   queries  [rows][padded / kTogether]     keys     [D / kTogether][64], transposed
- *   values   [64 / kTogether][padded]       weights  [4][64 / kTogether]
+ *   values   [64 / kTogether][padded]       weights  [kRows][64 / kTogether]
  *   read_query, read_keys, read_values      fill these; keys and values that are not there become anything: no row sees them
  *   weigh(scores, keys, max, weights)       weights := exp(scores - greatest), 0 outside of the range `keys`; gives the sum of the
  *                                           weights and the greatest of max and the scores in it. scores are scratch
@@ -66,7 +67,8 @@ float sum_of(const float *weights) {
 struct FloatNumbers {
   using Word = float;
   static constexpr int kTogether = 1;
-  static constexpr int64_t kFew = 2;
+  static constexpr int64_t kRows = 4, kFew = 2;
+  struct Tools {};
 
   static void read_query(const void *q, int32_t dtype, int64_t size, float *to) { read_floats(q, dtype, size, to); }
 

@@ -1,52 +1,18 @@
 /* Of attention.cc: bf16 by AVX-512's dot products of two. A Word holds two numbers that are added one after the other: of d in queries
- * and keys, of two keys in weights and values. Weights are rounded to bf16 before they are used and summed; what a cache holds in
- * fp8 is bf16 too, exactly. */
+ * and keys, of two keys in weights and values. Weights are rounded to bf16 before they are used and summed. */
 #pragma once
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 
-#include "cpu/attention_scratch.h"
+#include "cpu/attention_halves.h"
 
 namespace lmi::LMI_LEVEL {
 namespace {
 
-/* 32 numbers of a cache as bf16; those from `num` on, which may not be there, are 0. */
-struct Halves {
-  static __m512i read(const char *from, int64_t num) { return _mm512_maskz_loadu_epi16(some(num), from); }
-  static __mmask32 some(int64_t num) { return num >= 32 ? ~0u : (1u << num) - 1; }
-};
-
-/* The same of fp8: the exponent's base goes from 7 to 127, and what has none, 0 to 7 times 2^-9, is looked up. */
-struct Bytes {
-  static __m512i read(const char *from, int64_t num) {
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(Halves::some(num), from));
-    const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi16(0x7f)), sign = _mm512_slli_epi16(_mm512_srli_epi16(bytes, 7), 15);
-    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-    const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    const __mmask32 is_small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-    const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-    const __m512i finite = _mm512_mask_permutexvar_epi16(normal, is_small, magnitude, small);
-    return _mm512_or_si512(sign, _mm512_mask_mov_epi16(finite, is_nan, _mm512_set1_epi16(0x7fc0)));
-  }
-};
-
-struct PairNumbers {
-  using Word = uint32_t;
-  static constexpr int kTogether = 2;
-  static constexpr int64_t kFew = 0;
-
-  static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) { std::memcpy(to, q, static_cast<size_t>(2 * size)); }
-
-  static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
-    if (problem.args.k_cache.dtype == LMI_F8E4M3) read_keys_of<Bytes>(problem, chunks, scratch, next);
-    else scratch.key_lines = lines_of(chunks, ChunkShape::of_keys(problem.args.k_cache));
-  }
-
-  static void read_values(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
-    if (problem.args.v_cache.dtype == LMI_F8E4M3) read_values_of<Bytes>(problem, chunks, scratch, next);
-    else if (problem.padded > problem.size) read_values_of<Halves>(problem, chunks, scratch, next);
-    else scratch.value_lines = lines_of(chunks, ChunkShape::of_values(problem.args.v_cache));
-  }
+struct PairNumbers : HalvesRead<PairNumbers> {
+  static constexpr int64_t kRows = 4, kFew = 0;
+  static constexpr bool kWholeTiles = false;
+  struct Tools {};
 
   /* Sums what the weights are after rounding, so that the mean of equal values is that value. */
   [[gnu::always_inline]] static Weighed weigh(const float *scores, Range keys, float max_before, uint32_t *weights) {
@@ -115,49 +81,6 @@ struct PairNumbers {
   }
 
  private:
-  /* Of a cache in bf16, which is read where it lies. A chunk that no row sees is another one: what comes of it does not count. */
-  static TileLines lines_of(const TileChunks &chunks, const ChunkShape &shape) {
-    TileLines lines{{}, shape.stride / 4};
-    const char *seen = nullptr;
-    for (const char *chunk : chunks.of) seen = seen ? seen : chunk;
-    for (int64_t i = 0; i < TileChunks::kChunks; ++i) lines.of[i] = reinterpret_cast<const uint32_t *>(chunks.of[i] ? chunks.of[i] : seen);
-    return lines;
-  }
-
-  template <class Numbers>
-  static void read_keys_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
-    const ChunkShape shape = ChunkShape::of_keys(problem.args.k_cache);
-    scratch.key_lines.stride = kTile;
-    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
-      const char *from = chunks.of[chunk];
-      uint32_t *to = scratch.keys + chunk * kChunk;
-      scratch.key_lines.of[chunk] = to;
-      for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += kTile) {
-        if (row % 4 == 0) next.ask();
-        _mm512_storeu_si512(to, Numbers::read(from, shape.numbers));
-      }
-    }
-  }
-
-  template <class Numbers>
-  static void read_values_of(const Problem &problem, const TileChunks &chunks, Scratch<PairNumbers> &scratch, TileCache &next) {
-    const ChunkShape shape = ChunkShape::of_values(problem.args.v_cache);
-    const int64_t bytes = bytes_of(problem.args.v_cache.dtype);
-    scratch.value_lines.stride = problem.padded;
-    for (int64_t chunk = 0; chunk < TileChunks::kChunks; ++chunk) {
-      const char *from = chunks.of[chunk];
-      uint32_t *to = scratch.values + chunk * kChunk / 2 * problem.padded;
-      scratch.value_lines.of[chunk] = to;
-      for (int64_t row = 0; from && row < shape.rows; ++row, from += shape.stride, to += problem.padded) {
-        next.ask();
-        for (int64_t i = 0; i < 2 * problem.padded; i += 32) {
-          const int64_t left = std::max<int64_t>(0, shape.numbers - i);
-          _mm512_storeu_si512(to + i / 2, Numbers::read(from + i * bytes, left));
-        }
-      }
-    }
-  }
-
   /* e^(scores - max) within 3e-6: 2^n 2^r, |r| <= 1/2, Taylor to r^5; 0 far below, infinite far above. */
   static __m512 exp_of_lanes(__m512 scores, float max) {
     const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), _mm512_sub_ps(scores, _mm512_set1_ps(max)));

@@ -9,7 +9,6 @@
 namespace lmi::LMI_LEVEL {
 namespace {
 
-constexpr int kRegisterRows = 4; /* rows whose sums stand side by side in registers */
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 /* A unit's rows: greatest score, sum of weights and weighted sum of values so far. A sum of 0 says that no key was seen yet. */
@@ -75,19 +74,20 @@ struct Scratch {
   Row about[kUnitRows];
   Word *queries, *keys, *values, *weights;
   TileLines key_lines, value_lines; /* in keys and values or in the cache itself; numbers that come two in a word */
-  float *few, *scores, *part, *total; /* some numbers on their way, four rows' scores [4][64], two units' states */
+  float *few, *scores, *part, *total; /* some numbers on their way, some rows' scores [kRows][64], two units' states */
+  typename Numbers::Tools tools;
 
   Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
     const int64_t padded = problem.padded, states = States::floats(unit_rows, padded);
-    const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + kRegisterRows * kWords;
+    const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + Numbers::kRows * kWords;
     queries = reinterpret_cast<Word *>(
-        kept_floats(Purpose::kTile, words + Numbers::kFew * padded + kRegisterRows * kTile + 2 * states));
+        kept_floats(Purpose::kTile, words + Numbers::kFew * padded + Numbers::kRows * kTile + 2 * states));
     keys = queries + unit_rows * row_words;
     values = keys + kTile * row_words;
     weights = values + kWords * padded;
-    few = reinterpret_cast<float *>(weights + kRegisterRows * kWords);
+    few = reinterpret_cast<float *>(weights + Numbers::kRows * kWords);
     scores = few + Numbers::kFew * padded;
-    part = scores + kRegisterRows * kTile;
+    part = scores + Numbers::kRows * kTile;
     total = part + states;
   }
 };
@@ -103,10 +103,13 @@ struct Place {
 struct TileChunks {
   static constexpr int64_t kChunks = kTile / kChunk;
   const char *of[kChunks] = {};
+  Range seen = {0, 0}; /* by any row of the unit, counted from the tile's first key */
+  bool is_whole() const { return seen.first == 0 && seen.last == kTile; }
 
   TileChunks(const Problem &problem, const lmi_tensor &cache, const Place &place,
              char *(*begin)(const lmi_tensor &, int64_t, int64_t, int64_t)) {
     if (!place.unit) return;
+    seen = common({place.needed.first - place.tile, place.needed.last - place.tile}, {0, kTile});
     const int32_t *table = integers(problem.args.tables) + place.unit->sequence * problem.args.tables.stride[0];
     for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
       const int64_t key = place.tile + chunk * kChunk;

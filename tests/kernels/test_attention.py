@@ -38,7 +38,7 @@ class Batch:
         cls,
         lengths: tuple[int, ...],
         queries: tuple[int, ...],
-        heads: tuple[int, int] = (4, 2),
+        heads: tuple[int, int] = (4, 1),  # so many queries a key head that AMX takes them by tiles
         size: int = 32,
         dtype: torch.dtype = torch.float32,
         cache: torch.dtype | None = None,

@@ -298,7 +298,8 @@ def test_torchs_product_finishes_as_the_twin(
     out = ops.linear(x.to(device), weight, **there, **options)
 
     assert weight.data.shape == (70, 40)
-    assert all(torch.equal(there[name].cpu(), term) for name, term in given.items())
+    # a residual's place may be the result's
+    assert all(torch.equal(there[name].cpu(), term) for name, term in given.items() if name != "residual")
     expected = linear_torch(x, on_torch((70, 40), values, dtype, gated), **given, **options)
     slack = None if dtype == torch.float32 else torch.full_like(expected, 3 * 2**-7, dtype=torch.float32)
     assert_close(out.cpu(), expected, slack=slack)
