@@ -361,7 +361,7 @@ def test_fp8_is_read_as_the_numbers_it_stands_for(library: Library, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_in_fp8_stays_one(library: Library, dtype: torch.dtype) -> None:
     """Of either sign, in the values of one key and head: its column alone; in a key: the whole row."""
-    batch = Batch.of((70,), (1,), dtype=dtype, cache=FP8)
+    batch = Batch.of((70,), (1,), heads=(4, 2), dtype=dtype, cache=FP8)
     batch.v_cache[batch.tables[0, 1], 0, 3, 5:7] = torch.tensor([127, 255], dtype=torch.uint8).view(FP8)
     batch.k_cache[batch.tables[0, 1], 1, 3, 5] = NAN
 
