@@ -55,6 +55,7 @@ class FakeHost:
     def __init__(self, name: str = "test", state: str = "ready", reason: str = "") -> None:
         self.name, self.state, self.reason = name, state, reason
         self.num_in_flight, self.num_restarts, self.worker_pid, self.started_at = 1, 2, 4711, 0.0
+        self.device = "cpu"
         self.script: list[Piece | LmiError] | LmiError = [Piece('{"generated_text": "é"}', True, headers=JSON)]
         self.asked: tuple[Mapping[str, str], PairList] = ({}, PairList())
         self.stream = FakeStream([])

@@ -409,7 +409,7 @@ def test_fp8_bits_do_not_depend_on_the_batch(library: Library) -> None:
 
 
 def test_attention_names_the_wrong_shape(column: str) -> None:
-    batch = Batch.of((20, 9), (2, 1))
+    batch = Batch.of((20, 9), (2, 1), heads=(4, 2))
 
     with pytest.raises(KernelError, match=r"attention: q has shape \[3, 128\]"):
         replace(batch, q=batch.q.flatten(1)).run()
