@@ -65,6 +65,12 @@ HARMLESS = [
         "a warp copies its own",
         "orders memory on a GPU; here lanes meet in the stores before it",
     ),
+    (
+        "attention_splits_sm90.cuh",
+        "drop a barrier",
+        "all lanes have read",
+        "orders memory on a GPU; here lanes meet in the loads and products before it",
+    ),
     ("attention_plain.cuh", "shift an index", "of_warps[threadIdx.x / 32]", "each warp still has a place of its own"),
     ("logits.cuh", "shift an index", "of_warp[threadIdx.x / 32]", "each warp still has a place of its own"),
     ("sampling.cu", "shift an index", "of_warp[threadIdx.x / 32]", "each warp still has a place of its own"),

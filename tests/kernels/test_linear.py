@@ -217,8 +217,8 @@ def test_grouped_linear_matches_twin(library: Library) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 33, 200])
 def test_linear_on_sm90a_has_the_same_bits(library: Library, dtype: torch.dtype, gated: bool, num_rows: int) -> None:
-    """More than one block of outputs and of tokens, all of them with an end that only fills tiles."""
-    weight, x = packed((150, 136), weights((150, 136), dtype, "dense", 0, 1), dtype, gated), rand(num_rows, 136, dtype=dtype)
+    """Several blocks of outputs and of tokens, each with an end that only fills tiles, and more steps than a ring has slots."""
+    weight, x = packed((150, 648), weights((150, 648), dtype, "dense", 0, 1), dtype, gated), rand(num_rows, 648, dtype=dtype)
     terms = {"bias": rand(150, dtype=dtype, seed=2), "residual": rand(num_rows, 75 if gated else 150, seed=3)}
     expected = ops.linear(x, weight, **terms, activation="silu", out_dtype=torch.float32)
 
