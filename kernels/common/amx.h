@@ -16,7 +16,7 @@ namespace lmi::LMI_LEVEL {
 
 /* The operand of LDTILECFG: all eight tiles with 64 bytes a row; accumulators (0 to 3) and left factors (4, 5) with num_rows rows,
  * right factors (6, 7) with 16 pairs. The tiles are zero afterwards. has_short: factors 5 and 7 are half as deep, 8 pairs. */
-inline void configure_tiles(int num_rows, bool has_short = false) {
+inline void configure_tiles(int num_rows, bool has_short) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -33,6 +33,28 @@ inline void configure_tiles(int num_rows, bool has_short = false) {
   asm volatile("" : : "r"(&config) : "memory"); /* gcc 12 takes the stores above for dead */
   _tile_loadconfig(&config);
 }
+
+/* The calling thread's tiles, as long as the object lives. has_short: as above. */
+template <bool has_short>
+class ThreadTiles {
+ public:
+  ThreadTiles() = default;
+  ThreadTiles(const ThreadTiles &) = delete;
+  ThreadTiles &operator=(const ThreadTiles &) = delete;
+  ~ThreadTiles() {
+    if (num_rows_) _tile_release();
+  }
+
+  /* Costs nothing when they are so already. */
+  void configure(int64_t num_rows) {
+    if (num_rows == num_rows_) return;
+    configure_tiles(static_cast<int>(num_rows), has_short);
+    num_rows_ = num_rows;
+  }
+
+ private:
+  int64_t num_rows_ = 0; /* 0: not configured */
+};
 
 }  // namespace lmi::LMI_LEVEL
 #endif

@@ -1,6 +1,6 @@
-/* Of attention.cc: bf16 by the tile instructions of AMX, 16 rows side by side, in the words of attention_halves.h: 32 of D of 16 keys, or 16 keys of
- * 16 of D, lie as the right factor of a product wants them. A row takes all 64 keys of a tile, those that it does
- * not see with weight 0; so its bits do not depend on what stands beside it. */
+/* Of attention.cc: bf16 by the tile instructions of AMX, 16 rows side by side, in the words of attention_halves.h: 32 of D of 16 keys, or
+ * 16 keys of 16 of D, lie as the right factor of a product wants them. A row takes all 64 keys of a tile, those that it does not see with
+ * weight 0; so its bits do not depend on what stands beside it. */
 #pragma once
 #include "common/amx.h"
 #if defined(LMI_AMX)
@@ -14,25 +14,7 @@ namespace {
 struct AmxNumbers : HalvesRead<AmxNumbers> {
   static constexpr bool kWholeTiles = true;
   static constexpr int64_t kGroup = 16, kRows = kUnitRows, kFew = kTile / 2; /* few: the values that one row sees */
-
-  class Tools {
-   public:
-    Tools() = default;
-    Tools(const Tools &) = delete;
-    Tools &operator=(const Tools &) = delete;
-    ~Tools() {
-      if (rows_) _tile_release();
-    }
-
-    void configure(int64_t rows) {
-      if (rows == rows_) return;
-      configure_tiles(static_cast<int>(rows), true);
-      rows_ = rows;
-    }
-
-   private:
-    int64_t rows_ = 0; /* as configured; 0: not yet */
-  };
+  using Tools = ThreadTiles<true>;
 
   static Weighed weigh(const float *scores, Range keys, float max_before, uint32_t *weights) {
 #if defined(__AVX512BF16__)

@@ -98,23 +98,29 @@ void attend_tile(const Problem &problem, int64_t num_rows, int64_t tile, const T
 #if defined(LMI_AMX)
 /* Weights of a row for the products with the values. */
 template <int Rows>
-void weigh_scores(const Problem &problem, int64_t row, int64_t tile, Scratch<AmxNumbers> &scratch, const States &states) {
+void weigh_scores(const Problem &problem, int64_t row, int64_t tile, const Range *seen, Scratch<AmxNumbers> &scratch,
+                  const States &states) {
   constexpr int64_t kWords = Scratch<AmxNumbers>::kWords;
   float *const scores = scratch.scores + row * kTile;
   uint32_t *const weights = scratch.weights + row * kWords;
-  Range seen[Rows];
   for (int r = 0; r < Rows; ++r) {
-    seen[r] = seen_in(scratch.about[row + r], tile);
     finish_scores<AmxNumbers>(problem, scratch.about[row + r], tile, scores + r * kTile);
-    if (seen[r].is_empty()) std::fill_n(weights + r * kWords, kWords, 0u);
+    if (seen[row + r].is_empty()) std::fill_n(weights + r * kWords, kWords, 0u);
   }
-  weigh_rows<AmxNumbers, Rows>(scores, seen, states, row, problem.padded, weights);
+  weigh_rows<AmxNumbers, Rows>(scores, seen + row, states, row, problem.padded, weights);
 }
 
 /* All rows of a unit, in three passes: products come one after the other without waiting for the softmax between them. */
 inline void attend_tile(const Problem &problem, int64_t num_rows, int64_t tile, const TileCache &cache, Scratch<AmxNumbers> &scratch,
                         const States &states, TileCache &next) {
   const int64_t padded = problem.padded;
+  const Range any = cache.values.seen; /* by any row */
+  Range seen[kUnitRows];
+  bool all_see_all = true;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    seen[row] = seen_in(scratch.about[row], tile);
+    all_see_all = all_see_all && seen[row].first == any.first && seen[row].last == any.last;
+  }
   const auto for_groups = [&](auto fn) {
     for (int64_t row = 0; row < num_rows; row += AmxNumbers::kGroup) {
       scratch.tools.configure(std::min(AmxNumbers::kGroup, num_rows - row));
@@ -125,26 +131,20 @@ inline void attend_tile(const Problem &problem, int64_t num_rows, int64_t tile, 
     AmxNumbers::score(scratch.queries + row * scratch.row_words, scratch.row_words, scratch.key_lines, scratch.scores + row * kTile, next);
   });
   int64_t row = 0;
-  for (; row + 4 <= num_rows; row += 4) weigh_scores<4>(problem, row, tile, scratch, states);
-  for (; row < num_rows; ++row) weigh_scores<1>(problem, row, tile, scratch, states);
+  for (; row + 4 <= num_rows; row += 4) weigh_scores<4>(problem, row, tile, seen, scratch, states);
+  for (; row < num_rows; ++row) weigh_scores<1>(problem, row, tile, seen, scratch, states);
   /* What no row sees may be anything in the cache: the values of such a tile are in scratch. */
-  const Range seen = cache.values.seen;
   const bool is_whole = cache.values.is_whole();
-  const TileLines values = is_whole ? scratch.value_lines : keep_values(scratch.value_lines, seen, padded, scratch.values);
+  const TileLines values = is_whole ? scratch.value_lines : keep_values(scratch.value_lines, any, padded, scratch.values);
   const auto add = [&](int64_t first, const TileLines &seen_values) {
     float *const sums = states.values + first * padded;
     AmxNumbers::add(scratch.weights + first * Scratch<AmxNumbers>::kWords, seen_values, padded, sums, next);
   };
-  bool all_see_all = true;
-  for (row = 0; row < num_rows; ++row) {
-    const Range keys = seen_in(scratch.about[row], tile);
-    all_see_all = all_see_all && keys.first == seen.first && keys.last == seen.last;
-  }
   if (all_see_all || are_finite(values, padded)) return for_groups([&](int64_t first) { add(first, values); });
   /* Weight 0 times what is not finite is not 0: each row has the values that it sees. */
   scratch.tools.configure(1);
   uint32_t *const own = reinterpret_cast<uint32_t *>(scratch.few);
-  for (row = 0; row < num_rows; ++row) add(row, keep_values(values, seen_in(scratch.about[row], tile), padded, own));
+  for (row = 0; row < num_rows; ++row) add(row, keep_values(values, seen[row], padded, own));
 }
 #endif
 

@@ -15,13 +15,6 @@ class AmxTiles {
   static constexpr int64_t kMaxRows = 32, kPartInputs = 512; /* a tile's x in the first-level cache */
   static constexpr int64_t kBlockRows = 512;                 /* their x in the second-level cache */
 
-  AmxTiles() = default;
-  AmxTiles(const AmxTiles &) = delete;
-  AmxTiles &operator=(const AmxTiles &) = delete;
-  ~AmxTiles() {
-    if (tile_rows_) _tile_release();
-  }
-
   static int64_t width(int64_t num_rows) { return num_rows <= 16 ? num_rows : kMaxRows; }
   static int64_t x_bytes(int64_t width, int64_t num_inputs) { return (num_inputs + kStep - 1) / kStep * kStep * width * 2; }
 
@@ -43,7 +36,7 @@ class AmxTiles {
   }
 
   void multiply(int64_t width, const char *panel, const PanelLayout &, Inputs inputs, const char *x, float *y, Next next) {
-    configure(static_cast<int>(std::min<int64_t>(width, 16)));
+    tiles_.configure(std::min<int64_t>(width, 16));
     const char *weights = panel + inputs.first / kStep * kWeightBytes;
     const int64_t num_steps = (inputs.num + kStep - 1) / kStep;
     with_lines(next.step, [&](auto lines) {
@@ -55,12 +48,6 @@ class AmxTiles {
  private:
   static constexpr int64_t kStep = kTileInputs, kWeightBytes = 2 * kStep * kPanel;
   static constexpr int64_t kRowBytes = 4 * kPanel, kLower = 16 * kPanel; /* of y, and where its rows 16 to 31 begin */
-
-  void configure(int tile_rows) {
-    if (tile_rows == tile_rows_) return;
-    configure_tiles(tile_rows);
-    tile_rows_ = tile_rows;
-  }
 
   /* fn(std::integral_constant) of the lines that a step asks for: as many as it takes, or a few more. A loop over them would take
    * longer than the products beside it. */
@@ -133,7 +120,7 @@ class AmxTiles {
     _tile_stored(1, y + kHalf, kRowBytes);
   }
 
-  int tile_rows_ = 0; /* as configured; 0: not yet */
+  ThreadTiles<false> tiles_;
 };
 
 using BF16Tiles = AmxTiles;
