@@ -88,9 +88,9 @@ struct Sums {
 #endif
 };
 
-/* Widths that a tile is compiled for. */
+/* Widths that a tile is compiled for: of what several tiles share out, 7 to 12 rows each, all. */
 inline int64_t vector_width(int64_t num_rows) {
-  for (const int64_t width : {1, 2, 4, 6, 8, 10}) {
+  for (const int64_t width : {1, 2, 4, 6, 7, 8, 9, 10, 11}) {
     if (num_rows <= width && width <= kMaxTileRows) return width;
   }
   return kMaxTileRows;
@@ -105,8 +105,11 @@ void with_width(int64_t width, Function fn) {
 #if defined(__AVX512F__)
     case 4: return fn(std::integral_constant<int, 4>());
     case 6: return fn(std::integral_constant<int, 6>());
+    case 7: return fn(std::integral_constant<int, 7>());
     case 8: return fn(std::integral_constant<int, 8>());
+    case 9: return fn(std::integral_constant<int, 9>());
     case 10: return fn(std::integral_constant<int, 10>());
+    case 11: return fn(std::integral_constant<int, 11>());
 #endif
     default: return fn(std::integral_constant<int, kMaxTileRows>());
   }
