@@ -7,6 +7,7 @@ kernels (`lmi_dist.ops`) needs nothing but torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lmi_dist.collector import uncollected
 from lmi_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -88,4 +89,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lmi_dist.{FILES[name]}"), name)
+    with uncollected():
+        return getattr(import_module(f"lmi_dist.{FILES[name]}"), name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmi_dist import ops
+from lmi_dist.collector import uncollected
 from lmi_dist.config import EngineConfig, ModelConfig
 from lmi_dist.decode_batch import recorded_sizes
 from lmi_dist.device import Device, choose_device
@@ -122,6 +123,7 @@ def _decodes(config: EngineConfig, device: Device) -> str:
     return f"are CUDA graphs of {', '.join(map(str, sizes))} sequences"
 
 
+@uncollected()
 def load_tokenizer(config: EngineConfig, folder: Path) -> "PreTrainedTokenizerBase":
     """The model's tokenizer or the one that `tokenizer` names. Raises CheckpointError if there is none or it cannot be read."""
     from transformers import AutoTokenizer

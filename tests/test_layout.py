@@ -19,7 +19,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 
 # Low to high; an item may import items of lower rows only. A folder is one item: inside it, files import each other.
 ENGINE_LEVELS = (
-    ("errors", "plan"),
+    ("collector", "errors", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
     ("device", "link", "plan_stream", "staging"),
     ("device_group",),
