@@ -34,6 +34,7 @@ import gpu_golden
 import gpu_kernels
 import torch
 from gpu_limits import TINY, Row, Sizes, measure_limits
+from nvcc import NVCC
 
 from lmi_dist import ops
 from lmi_dist.ops.abi import find_library
@@ -58,15 +59,11 @@ def architecture() -> str:
     return f"{capability()}a" if capability() == 90 else str(capability())
 
 
-def nvcc() -> str:
-    return shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-
-
 def build_library() -> Path:
     """The CUDA column for the GPU at hand. Raises CalledProcessError with the compiler's words on the terminal."""
     folder = ROOT / "build" / "gpu"
     cmake = shutil.which("cmake") or "cmake"
-    options = [f"-DLMI_CUDA_ARCHITECTURES={architecture()}-real", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+    options = [f"-DLMI_CUDA_ARCHITECTURES={architecture()}-real", f"-DCMAKE_CUDA_COMPILER={NVCC or 'nvcc'}"]
     subprocess.run([cmake, "-S", ROOT / "kernels", "-B", folder, *options], check=True, stdout=sys.stderr)
     subprocess.run([cmake, "--build", folder, "--target", "lmi_cuda", "--parallel"], check=True, stdout=sys.stderr)
     shutil.copy(ROOT / "kernels" / "include" / "lmi_kernels.h", folder)
@@ -91,7 +88,7 @@ def golden(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         twin = gpu_golden.Twin(gpu_golden.build_twin(Path(name)), "forward")
         if options.column == "cuda":
-            device = gpu_golden.Side(gpu_golden.build_for_gpu(Path(name), architecture(), nvcc=nvcc()))
+            device = gpu_golden.Side(gpu_golden.build_for_gpu(Path(name), architecture(), nvcc=NVCC or "nvcc"))
         else:
             device = gpu_golden.Twin(twin.path, "random")
         rows = []

@@ -6,10 +6,13 @@ No GPU is needed.
 
 import argparse
 import re
-import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from nvcc import NVCC
 
 GPUS = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -22,11 +25,10 @@ ENTRY = re.compile(
 
 def compile_for(source: Path, gpus: list[str]) -> str:
     """What ptxas says."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     codes = [f"-gencode=arch={gpu.replace('sm_', 'compute_')},code={gpu}" for gpu in gpus]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc,
+            NVCC or "nvcc",
             "-std=c++17",
             "-O3",
             "-Xptxas=-v",
