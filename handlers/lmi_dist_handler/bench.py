@@ -101,7 +101,7 @@ def model_folder(arguments: argparse.Namespace) -> Path:
 
 def _target(arguments: argparse.Namespace, folder: Path) -> Target:
     if arguments.url:
-        return HttpTarget(arguments.url, element_bytes=2)  # a server computes in bf16 wherever it can
+        return HttpTarget(arguments.url)
     options = dict(option.partition("=")[::2] for option in arguments.options)
     return EngineTarget({"model": str(folder), "cpu_threads": arguments.threads, **options})
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from lmi_dist import Engine, EngineConfig, LmiError, Request, SamplingParams
-from lmi_dist_handler.bench_work import MAX_RUNNING, Job, Timing
+from lmi_dist_handler.bench_work import MAX_RUNNING, ElementBytes, Job, Timing
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 class BenchError(LmiError):
@@ -21,10 +21,10 @@ class BenchError(LmiError):
 
 
 class Target(Protocol):
-    """Something that can be measured. `element_bytes`: of a weight and of a cached key."""
+    """Something that can be measured."""
 
     name: str
-    element_bytes: int
+    element_bytes: ElementBytes
 
     def run(self, jobs: Sequence[Job]) -> Timing:
         """Answer all jobs, all there at once. Raises BenchError if one of them fails or has not the length asked for."""
@@ -42,7 +42,8 @@ class EngineTarget:
         self.engine = Engine(config)
         resolved = self.engine.config
         self.name = f"engine {resolved.dtype} {resolved.kernels}, {resolved.cpu_threads} threads"
-        self.element_bytes = ELEMENT_BYTES[resolved.dtype]
+        weight = WEIGHT_BYTES[resolved.dtype]
+        self.element_bytes = ElementBytes(weight, cached=1 if resolved.kv_cache_dtype == "fp8" else weight)
         self._num_requests = 0
 
     def run(self, jobs: Sequence[Job]) -> Timing:
@@ -71,7 +72,9 @@ class EngineTarget:
 class HttpTarget:
     """A server's /v1/completions, streamed, with at most MAX_RUNNING connections at the same time."""
 
-    def __init__(self, url: str, element_bytes: int) -> None:
+    element_bytes = ElementBytes(weight=2, cached=2)  # a server computes in bf16 wherever it can
+
+    def __init__(self, url: str) -> None:
         """Raises BenchError when there is no server with a model at `url`."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
@@ -79,7 +82,6 @@ class HttpTarget:
         self._host, self._port = parts.hostname, parts.port or 80
         self._model = self._served_model()
         self.name = f"{url}, model {self._model}"
-        self.element_bytes = element_bytes
 
     def run(self, jobs: Sequence[Job]) -> Timing:
         start = time.perf_counter()

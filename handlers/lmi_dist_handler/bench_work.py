@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 WORKLOADS = ("latency", "throughput", "prefill1", "prefill4")
 MAX_RUNNING = 16
@@ -40,6 +41,13 @@ class Limits:
 
     bytes_per_s: float
     flops_per_s: float
+
+
+class ElementBytes(NamedTuple):
+    """What a number takes: of the weights, and of a cached key or value."""
+
+    weight: int
+    cached: int
 
 
 def jobs_of(workload: str, repetition: int, seed: int, vocab_size: int) -> list[Job]:
@@ -110,7 +118,7 @@ class _Sequence:
     num_new: int  # tokens still to make
 
 
-def floor(shape: Shape, jobs: Sequence[Job], limits: Limits, element_bytes: int) -> Timing:
+def floor(shape: Shape, jobs: Sequence[Job], limits: Limits, element_bytes: ElementBytes) -> Timing:
     """The least time the work can take. Every step reads the weights (not the embedding) and the cached keys and values once and
     does its products; whichever takes longer counts. The scheduler is perfect: first come first served, a whole prompt in one step
     together with the running sequences' tokens."""
@@ -129,13 +137,13 @@ def floor(shape: Shape, jobs: Sequence[Job], limits: Limits, element_bytes: int)
     return Timing(sum(times), times[0])
 
 
-def _step_s(shape: Shape, running: Sequence[_Sequence], limits: Limits, element_bytes: int) -> float:
-    num_elements = shape.body_weights + shape.head_weights
-    num_flops = 0
+def _step_s(shape: Shape, running: Sequence[_Sequence], limits: Limits, element_bytes: ElementBytes) -> float:
+    num_cached = num_flops = 0
     for sequence in running:
         end = sequence.num_cached + sequence.num_next
         num_keys = sum(range(sequence.num_cached + 1, end + 1))  # each token attends to itself and all before
         num_flops += 2 * (shape.body_weights * sequence.num_next + shape.head_weights)
         num_flops += 4 * shape.layers * shape.heads * shape.head_dim * num_keys
-        num_elements += 2 * shape.layers * shape.kv_heads * shape.head_dim * end
-    return max(num_elements * element_bytes / limits.bytes_per_s, num_flops / limits.flops_per_s)
+        num_cached += 2 * shape.layers * shape.kv_heads * shape.head_dim * end
+    num_bytes = (shape.body_weights + shape.head_weights) * element_bytes.weight + num_cached * element_bytes.cached
+    return max(num_bytes / limits.bytes_per_s, num_flops / limits.flops_per_s)

@@ -4,6 +4,7 @@ import json
 import pytest
 from lmi_dist_handler import bench, bench_limits, cli, synthetic
 from lmi_dist_handler.bench import Row
+from lmi_dist_handler.bench_target import EngineTarget
 from lmi_dist_handler.bench_work import Limits
 from lmi_dist_handler.synthetic import PRESETS
 
@@ -41,6 +42,11 @@ def test_bench_measures_the_engine(folder, tmp_path, capsys, monkeypatch):
     assert all(one["tok_s"] > 0 and one["peak_mb"] > 50 for one in rows)
     assert "20.0 GB/s" in table
     assert "| tiny | latency | 2 |" in table
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, (2, 2)), ({"kv_cache_dtype": "fp8"}, (2, 1)), ({"dtype": "fp32"}, (4, 4))])
+def test_engine_target_knows_what_a_number_takes(folder, options, size):
+    assert EngineTarget({"model": str(folder), "dtype": "bf16", "max_model_len": 64, **options}).element_bytes == size
 
 
 def test_table_tells_median_spread_and_share():

@@ -53,7 +53,7 @@ def serving():
     def start(**options):
         servers.append(Server(**options))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}).start()
-        return servers[-1], HttpTarget(f"http://127.0.0.1:{servers[-1].server_port}", element_bytes=2)
+        return servers[-1], HttpTarget(f"http://127.0.0.1:{servers[-1].server_port}")
 
     yield start
     for server in servers:
@@ -90,10 +90,10 @@ def test_short_answer_is_no_measurement(serving):
 
 def test_missing_server_is_told():
     with pytest.raises(BenchError, match=r"no server answers at http://127\.0\.0\.1:9"):
-        HttpTarget("http://127.0.0.1:9", element_bytes=2)
+        HttpTarget("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("url", ["localhost:8080", "https://host", "8080"])
 def test_url_without_scheme_is_refused(url):
     with pytest.raises(BenchError, match="must look like"):
-        HttpTarget(url, element_bytes=2)
+        HttpTarget(url)

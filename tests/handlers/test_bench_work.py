@@ -4,6 +4,7 @@ import pytest
 from lmi_dist_handler.bench_work import (
     MAX_RUNNING,
     WORKLOADS,
+    ElementBytes,
     Job,
     Limits,
     Shape,
@@ -15,6 +16,7 @@ from lmi_dist_handler.bench_work import (
 )
 
 SHAPE = Shape(hidden=2048, inner=5632, layers=22, heads=32, kv_heads=4, head_dim=64, vocab=32000)  # 1.1 billion parameters
+HALVES = ElementBytes(weight=2, cached=2)
 LIMITS = Limits(bytes_per_s=29.5e9, flops_per_s=6.37e12)
 
 
@@ -61,7 +63,7 @@ def test_shape_counts_the_weights():
 def test_floor_is_that_of_the_goal_posts(workload, expected):
     jobs = jobs_of(workload, 0, 0, SHAPE.vocab)
 
-    assert tokens_per_s(workload, jobs, floor(SHAPE, jobs, LIMITS, element_bytes=2)) == pytest.approx(expected, rel=0.02)
+    assert tokens_per_s(workload, jobs, floor(SHAPE, jobs, LIMITS, HALVES)) == pytest.approx(expected, rel=0.02)
 
 
 def test_floor_runs_so_many_at_once():
@@ -70,4 +72,15 @@ def test_floor_runs_so_many_at_once():
     jobs = [Job((1,), 10)] * MAX_RUNNING
     tiny = Shape(hidden=8, inner=8, layers=0, heads=1, kv_heads=1, head_dim=8, vocab=8)
 
-    assert floor(tiny, jobs * 2, limits, 2).seconds == 2 * floor(tiny, jobs, limits, 2).seconds
+    assert floor(tiny, jobs * 2, limits, HALVES).seconds == 2 * floor(tiny, jobs, limits, HALVES).seconds
+
+
+def test_floor_reads_a_cache_of_bytes_in_half_the_time():
+    """Reading is all that counts: two steps with 5 and 6 keys, each with 16 numbers a layer of which there are 3."""
+    limits = Limits(bytes_per_s=1.0, flops_per_s=1e30)
+    shape = Shape(hidden=8, inner=8, layers=3, heads=1, kv_heads=1, head_dim=8, vocab=8)
+    jobs = [Job((1,) * 5, 2)]
+
+    saved = floor(shape, jobs, limits, HALVES).seconds - floor(shape, jobs, limits, ElementBytes(weight=2, cached=1)).seconds
+
+    assert saved == (5 + 6) * 16 * 3
