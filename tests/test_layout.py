@@ -60,7 +60,7 @@ HANDLER_LEVELS = (
         "worker_log",
     ),
     ("launcher",),
-    ("bench_limits", "bench_target", "bodies", "chat", "demo_model", "group", "model_py", "sampling", "synthetic", "words"),
+    ("bench_limits", "bench_target", "bodies", "chat", "demo_model", "gpus", "group", "model_py", "sampling", "synthetic", "words"),
     ("openai_responses", "responses"),
     ("custom", "host", "load_models", "settings", "settle", "tgi_responses", "todays_responses", "worker"),
     ("metrics", "page", "registration", "server_words", "tgi_requests"),

@@ -4,16 +4,13 @@ import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata, util
-from pathlib import Path
 
 from lmi_dist import ConfigError
+from lmi_dist_handler import gpus
 from lmi_dist_handler.options import OPTIONS, Option
 from lmi_dist_handler.words import Word
 
 logger = logging.getLogger(__name__)
-
-GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 
 
 def settle(words: Mapping[str, Word], *, inside_djl: bool) -> dict[str, Word]:
@@ -85,23 +82,7 @@ def resolve_degree(words: dict[str, Word], environ: Mapping[str, str]) -> dict[s
     key = "option.tensor_parallel_degree"
     if key in words and words[key].value.lower() == "max":
         device = words["option.device"].value.lower() if "option.device" in words else "auto"
-        takes_gpus = device == "cuda" or (device == "auto" and can_use_gpus())
-        degree = max(1, num_visible_gpus(environ)) if takes_gpus else 1
+        takes_gpus = device == "cuda" or (device == "auto" and gpus.can_use_gpus())
+        degree = max(1, gpus.num_visible_gpus(environ)) if takes_gpus else 1
         words[key] = replace(words[key], value=str(degree), origin=f"{words[key].origin} (max)")
     return words
-
-
-def can_use_gpus() -> bool:
-    """Whether what is installed here can use any: a torch with CUDA, and our kernels for it. Says nothing of the GPUs."""
-    ops = util.find_spec("lmi_dist.ops")
-    folders = (ops and ops.submodule_search_locations) or ()
-    return not metadata.version("torch").endswith("+cpu") and any((Path(each) / "liblmi_cuda.so").exists() for each in folders)
-
-
-def num_visible_gpus(environ: Mapping[str, str]) -> int:
-    """GPUs that a worker may use: CUDA_VISIBLE_DEVICES up to its first -1, else all that the driver lists."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return len(list(GPU_FOLDER.iterdir())) if GPU_FOLDER.is_dir() else 0
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    return names.index("-1") if "-1" in names else len(names)

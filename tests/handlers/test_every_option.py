@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmi_dist_handler import load_models, properties, settle, words
+from lmi_dist_handler import gpus, load_models, properties, words
 from lmi_dist_handler.options import HANDLER, HOST, OPTIONS, SERVER_FIELDS, SERVER_IGNORED, SERVER_UNBUILT, Option
 from lmi_dist_handler.settings import ModelSettings
 
@@ -61,7 +61,7 @@ DEPRECATED = {
 @pytest.fixture(autouse=True)
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU and no model where SageMaker puts one."""
-    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "no-gpus")
+    monkeypatch.setattr(gpus, "GPU_FOLDER", tmp_path / "no-gpus")
     monkeypatch.setattr(load_models, "DEFAULT_STORE", tmp_path / "no-store")
 
 

@@ -6,10 +6,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from lmi_dist_handler import load_models, settle
+from lmi_dist_handler import gpus, load_models
 from lmi_dist_handler.options import OPTIONS, Option
 from lmi_dist_handler.properties import Settings, from_init, load
 from lmi_dist_handler.settings import ModelSettings
@@ -22,7 +21,7 @@ UNBUILT = [row for row in OPTIONS.values() if row.reader in ("unbuilt", "host_un
 @pytest.fixture(autouse=True)
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU and no model where SageMaker puts one."""
-    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "no-gpus")
+    monkeypatch.setattr(gpus, "GPU_FOLDER", tmp_path / "no-gpus")
     monkeypatch.setattr(load_models, "DEFAULT_STORE", tmp_path / "no-store")
 
 
@@ -350,22 +349,6 @@ def test_quantize_of_tgi_is_told_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "num"),
-    [({}, 0), ({"CUDA_VISIBLE_DEVICES": ""}, 0), ({"CUDA_VISIBLE_DEVICES": "0,2"}, 2), ({"CUDA_VISIBLE_DEVICES": "3,-1,4"}, 1)],
-)
-def test_visible_gpus_are_counted(environ: dict[str, str], num: int) -> None:
-    assert settle.num_visible_gpus(environ) == num
-
-
-def test_gpus_that_the_driver_lists_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("0000:01:00.0", "0000:02:00.0"):
-        (tmp_path / "gpus" / name).mkdir(parents=True)
-    monkeypatch.setattr(settle, "GPU_FOLDER", tmp_path / "gpus")
-
-    assert settle.num_visible_gpus({}) == 2
-
-
-@pytest.mark.parametrize(
     ("device", "can_use", "degree"),
     [("auto", True, 2), ("auto", False, 1), ("cuda", True, 2), ("cuda", False, 2), ("cpu", True, 1)],
 )
@@ -373,25 +356,11 @@ def test_max_means_all_gpus_that_the_model_would_run_on(
     device: str, can_use: bool, degree: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where they cannot be used device=auto runs on the CPU, and device=cuda says why not."""
-    monkeypatch.setattr(settle, "can_use_gpus", lambda: can_use)
+    monkeypatch.setattr(gpus, "can_use_gpus", lambda: can_use)
 
     model = with_env(OPTION_TENSOR_PARALLEL_DEGREE="max", OPTION_DEVICE=device, CUDA_VISIBLE_DEVICES="0,1")
 
     assert model.engine_config().tensor_parallel_degree == degree
-
-
-@pytest.mark.parametrize(
-    ("torch", "library", "can_use"), [("2.13.0", True, True), ("2.13.0", False, False), ("2.13.0+cpu", True, False)]
-)
-def test_gpus_take_a_torch_with_cuda_and_our_library(
-    torch: str, library: bool, can_use: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if library:
-        (tmp_path / "liblmi_cuda.so").touch()
-    monkeypatch.setattr(settle.metadata, "version", lambda name: {"torch": torch}[name])
-    monkeypatch.setattr(settle.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
-
-    assert settle.can_use_gpus() == can_use
 
 
 def test_engine_lets_as_many_wait_as_the_host() -> None:
