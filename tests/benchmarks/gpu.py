@@ -15,6 +15,7 @@ Without a GPU, --column sim --tiny runs the same on the stand-in, for tests: its
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -162,11 +163,21 @@ def run_part(name: str, options: argparse.Namespace) -> list[Row]:
 # ---- results ----
 
 
+def sources_digest(root: Path) -> str:
+    """What is measured, whatever git says on a machine that got a copy: at a commit, the beginning of
+    `git ls-files kernels lmi_dist | xargs sha256sum | sha256sum`."""
+    files = [path for folder in ("kernels", "lmi_dist") for path in (root / folder).rglob("*") if path.is_file()]
+    sources = sorted(path.relative_to(root).as_posix() for path in files if path.suffix not in (".so", ".pyc"))
+    lines = [f"{hashlib.sha256((root / name).read_bytes()).hexdigest()}  {name}\n" for name in sources]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
 def machine(options: argparse.Namespace) -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "date": time.strftime("%d %B %Y"),
         "commit": commit.stdout.strip() or "unknown",
+        "sources": sources_digest(ROOT),
         "column": options.column,
         "device": torch.cuda.get_device_name() if options.column == "cuda" else "stand-in on a CPU",
         "torch": torch.__version__,

@@ -11,6 +11,7 @@ import pytest
 from nvcc import NVCC
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import gpu
 import gpu_golden
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,18 @@ def test_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.startswith("there is no GPU that torch can use; run on a machine that has one, or give --column sim")
     assert done.stdout.count("\n") == 1
+
+
+def test_digest_of_the_sources_is_what_the_shell_says(tmp_path: Path) -> None:
+    for name in ("kernels/a.cc", "kernels/a/b.h", "lmi_dist/c.py", "lmi_dist/__pycache__/c.pyc", "lmi_dist/ops/d.so", "README.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    command = "sha256sum kernels/a.cc kernels/a/b.h lmi_dist/c.py | sha256sum"
+    expected = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert gpu.sources_digest(tmp_path) == expected[:12]
 
 
 def test_every_wrapper_has_a_golden_test(twin: gpu_golden.Twin) -> None:
