@@ -3,8 +3,9 @@
     .venv/bin/python tests/benchmarks/streams.py --model MODEL
 
 The engine lives in this process and the server beside it; one sleeps while the other is measured, so that both have the same
-machine. The client is one thread with one selector that looks for nothing but the end; its own CPU time is told, as it takes time
-from the server's CPUs too. Prints a line a turn, then the medians.
+machine. The client is this one thread, which looks at its sockets once in LOOK_S and for nothing but the end: what it takes, and what
+waking it takes, is lost to the server. Prints a line a turn, then the medians: tokens a second both ways, and the CPU time of a token in
+the host, in the worker beside the threads that compute, and in the client.
 """
 
 import argparse
@@ -22,11 +23,26 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lmi_dist import Engine, EngineConfig, Request, SamplingParams
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 START_TIMEOUT_S = 120.0
+LOOK_S = 0.01  # a step of llama-160m takes four times as long, a turn hundreds of times
+
+
+class Turn(NamedTuple):
+    """What one turn came to: tokens a second, and microseconds of CPU a token."""
+
+    engine: float
+    http: float
+    host_us: float
+    worker_us: float
+    client_us: float
+
+    def __str__(self) -> str:
+        rates = f"engine {self.engine:.0f} tok/s, HTTP {self.http:.0f}, {1 - self.http / self.engine:.1%} less"
+        return f"{rates}; CPU a token: host {self.host_us:.1f} us, worker {self.worker_us:.1f}, client {self.client_us:.1f}"
 
 
 def prompts(turn: int, options: argparse.Namespace, vocab: int) -> list[list[int]]:
@@ -60,7 +76,8 @@ def http_s(port: int, wanted: Sequence[list[int]], num_new: int) -> float:
             selector.register(opened, selectors.EVENT_READ, opened)
             last[opened] = b""
         while selector.get_map():
-            for key, _ in selector.select():
+            time.sleep(LOOK_S)
+            for key, _ in selector.select(0):
                 stream: socket.socket = key.data
                 data = stream.recv(65536)
                 assert data, f"a stream ended after {last[stream]!r}"
@@ -94,22 +111,54 @@ class Server:
             assert time.monotonic() < until, "the server has not started in time"
             assert self._process.poll() is None, "the server has ended"
             time.sleep(0.2)
+        described = json.loads(self._get("/models/model"))
+        self._worker = int(described[0]["models"][0]["workerGroups"][0]["workers"][0]["id"])
 
     def _serves(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5) as answer:
-                return bool(answer.status == 200)
+            return bool(self._get("/ping"))
         except (urllib.error.URLError, ConnectionError):
             return False
 
-    def host_cpu_s(self) -> float:
-        """CPU time of the process that speaks HTTP."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) * TICK_S
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            body: bytes = answer.read()
+            return body
+
+    def host_cpu_s(self) -> dict[str, float]:
+        """CPU time of each thread of the process that speaks HTTP."""
+        return _thread_cpu_s(self._process.pid)
+
+    def worker_cpu_s(self) -> dict[str, float]:
+        """CPU time of each thread of the process that has the engine."""
+        return _thread_cpu_s(self._worker)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
+
+
+def _thread_cpu_s(pid: int) -> dict[str, float]:
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return {thread.name: int((thread / "schedstat").read_text(encoding="ascii").split()[0]) / 1e9 for thread in threads}
+
+
+def _taken_s(before: dict[str, float], after: dict[str, float]) -> list[float]:
+    """By thread, least first."""
+    return sorted(cpu_s - before.get(name, 0.0) for name, cpu_s in after.items())
+
+
+def take_turn(turn: int, engine: Engine, server: Server, options: argparse.Namespace, vocab: int) -> Turn:
+    wanted = prompts(turn, options, vocab)
+    num_tokens = options.streams * options.new
+    alone_s = engine_s(engine, turn, wanted, options.new)
+    host, worker, client_s = server.host_cpu_s(), server.worker_cpu_s(), time.process_time()
+    served_s = http_s(server.port, wanted, options.new)
+    client_s = time.process_time() - client_s
+    host_s = sum(_taken_s(host, server.host_cpu_s()))
+    num_computing = len(os.sched_getaffinity(0))  # the engine's thread and those that help it: a CPU each
+    worker_s = sum(_taken_s(worker, server.worker_cpu_s())[:-num_computing])
+    return Turn(num_tokens / alone_s, num_tokens / served_s, *(cpu_s / num_tokens * 1e6 for cpu_s in (host_s, worker_s, client_s)))
 
 
 def main() -> int:
@@ -123,25 +172,15 @@ def main() -> int:
     vocab = json.loads((options.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     engine = Engine(EngineConfig.of({"model": str(options.model)}))
     server = Server(options.model)
-    num_tokens = options.streams * options.new
-    rates: dict[str, list[float]] = {"engine": [], "http": []}
+    turns = []
     try:
-        for turn in range(-1, options.turns):  # the first warms up
-            wanted = prompts(turn, options, vocab)
-            alone_s = engine_s(engine, turn, wanted, options.new)
-            host_s, own_s = server.host_cpu_s(), time.process_time()
-            served_s = http_s(server.port, wanted, options.new)
-            host_us, client_us = ((now - before) / num_tokens * 1e6 for now, before in (
-                (server.host_cpu_s(), host_s), (time.process_time(), own_s)))  # fmt: skip
-            if turn >= 0:
-                rates["engine"].append(num_tokens / alone_s)
-                rates["http"].append(num_tokens / served_s)
-                cpu = f"CPU a token: host {host_us:.0f} us, client {client_us:.0f} us"
-                print(f"engine {num_tokens / alone_s:.0f} tok/s, HTTP {num_tokens / served_s:.0f}; {cpu}", flush=True)
+        take_turn(-1, engine, server, options, vocab)  # warms up
+        for turn in range(options.turns):
+            turns.append(take_turn(turn, engine, server, options, vocab))
+            print(turns[-1], flush=True)
     finally:
         server.stop()
-    alone, served = (statistics.median(rates[name]) for name in ("engine", "http"))
-    print(f"{options.streams} streams, medians: engine {alone:.0f} tok/s, HTTP {served:.0f}, {1 - served / alone:.1%} less")
+    print(f"{options.streams} streams, medians: {Turn(*map(statistics.median, zip(*turns, strict=True)))}")
     return 0
 
 
