@@ -48,6 +48,7 @@ HANDLER_LEVELS = (
         "fields",
         "formatter",
         "images",
+        "inbox",
         "logs",
         "options",
         "packages",

@@ -11,11 +11,11 @@ import os
 import signal
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmi_dist import LmiError
+from lmi_dist_handler.inbox import Inbox
 from lmi_dist_handler.launcher import GroupFolder, Launch, end_workers, living_pids
 from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, PairList, WireError, messages
 from lmi_dist_handler.worker_log import WorkerLog
@@ -35,15 +35,14 @@ class WorkerLostError(LmiError):
     code = 503
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of an answer. With a code it is the last, and `text` the error in the client's dialect ("" when nobody wrote one)."""
 
     text: str
     is_last: bool
     code: int | None = None
     error: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}
 
 
 class Stream:
@@ -52,7 +51,7 @@ class Stream:
     def __init__(self, group: "Group", tracking_id: str) -> None:
         self._group = group
         self._tracking_id = tracking_id
-        self._replies: asyncio.Queue[Output | LmiError] = asyncio.Queue()
+        self._replies: Inbox[Output | LmiError] = Inbox()
         self._is_open = True
 
     def __enter__(self) -> "Stream":
@@ -61,16 +60,16 @@ class Stream:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def put(self, reply: Output | LmiError) -> None:
-        self._replies.put_nowait(reply)
-
     def interrupt(self, error: LmiError) -> None:
-        """Make whoever waits for the next reply get `error` now."""
-        self._replies.put_nowait(error)
+        """Make whoever waits for the next reply get `error`."""
+        self._replies.put(error)
+
+    def put(self, reply: Output) -> None:
+        self._replies.put(reply)
 
     async def reply(self) -> Output:
         """The next reply. Raises WorkerLostError when the worker has ended."""
-        item = await self._replies.get()
+        item = await self._replies.take()
         if isinstance(item, LmiError):
             raise item
         return item
@@ -210,13 +209,12 @@ class Group:
 
     def piece(self, reply: Output) -> Piece:
         """What a reply says (djl-contract 2.7)."""
-        headers = {key: value for key, value in reply.properties.items() if key != "request_tracking_id"}
         if reply.code != 200 or reply.content.is_empty():
-            return Piece("", True, reply.code if reply.code >= 300 else 500, _message(reply), headers)
+            return Piece("", True, reply.code if reply.code >= 300 else 500, _message(reply), reply.properties)
         values = self._codec.decode_map(reply.content.value_at(0))
         code = int(values["code"]) if "code" in values else None
         is_last = values["last"].lower() == "true" or code is not None
-        return Piece(values["data"], is_last, code, values.get("error", ""), headers)
+        return Piece(values["data"], is_last, code, values.get("error", ""), reply.properties)
 
     @property
     def resident_bytes(self) -> int:
@@ -263,7 +261,7 @@ class Group:
     async def _receive(self, rank: int, reader: asyncio.StreamReader) -> None:
         try:
             async for reply in messages(self._codec.response, reader):
-                stream = self._streams.get(reply.get_property("request_tracking_id") or "")
+                stream = self._streams.get(reply.properties.pop("request_tracking_id", ""))
                 if stream is not None:  # else somebody has lost interest
                     stream.put(reply)
         except (Disconnected, OSError):

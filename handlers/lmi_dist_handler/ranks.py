@@ -95,7 +95,7 @@ class Following:
         if _is_for_one(inputs, is_async=is_async):
             return _silence()
         kind, data = await self._next()
-        output = read(self._codec.response(), io.BytesIO(data))
+        output = read(self._codec.response, io.BytesIO(data))
         return (output, self._texts()) if kind == STREAM else output
 
     async def _texts(self) -> AsyncIterator[str]:

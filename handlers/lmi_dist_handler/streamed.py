@@ -17,7 +17,7 @@ class Streamed(Response):
     def __init__(self, first: Piece, stream: Stream, watcher: "asyncio.Task[None]", metrics: Metrics, *, timeout_s: float) -> None:
         super().__init__(None, first.code or 200, dict(first.headers))
         del self.headers["content-length"]  # so that the server sends chunks
-        self._piece = first
+        self._first = first
         self._stream = stream
         self._watcher = watcher
         self._metrics = metrics
@@ -29,16 +29,20 @@ class Streamed(Response):
         self._mind_silence()
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while not self._piece.is_last:
-                await self._send(send, self._piece.text)
-                self._piece = await self._next()
-            await self._send(send, self._piece.text or self._failure(self._piece), is_last=True)
+            await asyncio.create_task(self._send_pieces(send))  # else each piece would wake all that has been called up to here
         except ClientGoneError:
             self._metrics.client_gone()
         finally:
             self._timer.cancel()
             self._watcher.cancel()
             self._stream.close()
+
+    async def _send_pieces(self, send: Send) -> None:
+        piece = self._first
+        while not piece.is_last:
+            await self._send(send, piece.text)
+            piece = await self._next()
+        await self._send(send, piece.text or self._failure(piece), is_last=True)
 
     async def _send(self, send: Send, text: str, is_last: bool = False) -> None:
         await send({"type": "http.response.body", "body": text.encode(), "more_body": not is_last})

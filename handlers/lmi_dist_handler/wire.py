@@ -1,7 +1,7 @@
 """DJL's wire protocol (djl-contract 2, 3.1 and 3.2), both directions: what handlers see, and its bytes. Owns no socket.
 
-Parsers are generators that yield how many bytes they want next and return what they made of them, so that one grammar serves
-blocking sockets (`read`) and asyncio (`messages`). Integers are big-endian; only the utf8 prefix ever changed.
+Parsers take bytes from a Source, so that one grammar serves blocking sockets (`read`) and asyncio (`messages`). Integers are
+big-endian; only the utf8 prefix ever changed.
 """
 
 import asyncio
@@ -10,8 +10,9 @@ import io
 import json
 import logging
 import struct
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,6 @@ READ_BYTES = 64 * 1024  # asked of an asyncio stream at a time
 MAX_CONTENT_BYTES = 20 * 1024 * 1024  # of one content value of a reply; DJL closes the channel above it
 
 T = TypeVar("T")
-Fields = Generator[int, bytes, T]
 
 
 class WireError(ValueError):
@@ -33,6 +33,53 @@ class Disconnected(ValueError):  # noqa: N818  # what happened, not a mistake; V
 
     def __init__(self) -> None:
         super().__init__("Connection disconnected")
+
+
+class _MissingError(Exception):
+    """So many bytes more are needed than have come."""
+
+    def __init__(self, num_missing: int) -> None:
+        self.num_missing = num_missing
+
+
+def _miss(num_missing: int) -> NoReturn:
+    raise _MissingError(num_missing)
+
+
+class Source:
+    """Bytes, which a parser takes one after the other. `more` gives as many bytes as it is asked for, or raises."""
+
+    def __init__(self, data: bytes = b"", more: Callable[[int], bytes] = _miss) -> None:
+        self.data = data
+        self.place = 0
+        self._more = more
+
+    @property
+    def rest(self) -> int:
+        """How many bytes have not been taken."""
+        return len(self.data) - self.place
+
+    def take(self, length: int) -> bytes:
+        """The next bytes. Raises WireError for a length that cannot be meant."""
+        start = self.place
+        end = start + length
+        if length < 0 or end > len(self.data):
+            self._refill(length)
+            start, end = 0, length
+        self.place = end
+        return self.data[start:end]
+
+    def integer(self, layout: struct.Struct) -> int:
+        try:
+            value: int = layout.unpack_from(self.data, self.place)[0]
+        except struct.error:
+            self._refill(layout.size)
+            value = layout.unpack_from(self.data)[0]
+        self.place += layout.size
+        return value
+
+    def _refill(self, length: int) -> None:
+        self.data, self.place = self.data[self.place :] + self._more(_checked(length) - self.rest), 0
 
 
 class PairList:
@@ -237,34 +284,34 @@ class Codec:
 
     def __init__(self, version: int = 27) -> None:
         self._prefix = struct.Struct(">h" if version <= 26 else ">i")
+        self._key = lru_cache(maxsize=64)(self._text)  # few, and the same in every message
 
     def encode_request(self, request: Input) -> bytes:
         return self._properties(request.properties) + self._content(request.content)
 
-    def request(self) -> Fields[Input]:
-        properties = yield from self._read_properties()
-        count = yield from _read_integer(_I16)
-        return Input(properties, (yield from self._read_content(count)))
+    def request(self, source: Source) -> Input:
+        properties = self._read_properties(source)
+        return Input(properties, self._read_content(source, source.integer(_I16)))
 
     def encode_response(self, reply: Output) -> Iterator[bytes]:
         """The reply's bytes in the pieces that must be flushed one by one: a whole message, or a header and its frames."""
-        head = _I16.pack(reply.code) + self._text(reply.message) + self._properties(reply.properties)
+        head = _I16.pack(reply.code) + self._key(reply.message) + self._properties(reply.properties)
         if reply.stream is None:
             yield head + self._content(reply.content)
             return
         yield head + _I16.pack(-1)
         yield from _frames(reply.stream)
 
-    def response(self) -> Fields[Output]:
+    def response(self, source: Source) -> Output:
         """A reply; a stream's frames are joined into one content item without a key."""
-        code = yield from _read_integer(_I16)
-        reply = Output(code, (yield from self._read_text()) or "")
-        reply.properties = yield from self._read_properties()
-        count = yield from _read_integer(_I16)
+        code = source.integer(_I16)
+        reply = Output(code, self._read_text(source) or "")
+        reply.properties = self._read_properties(source)
+        count = source.integer(_I16)
         if count == -1:
-            reply.content.add(None, (yield from _read_frames()))
+            reply.content.add(None, _read_frames(source))
         else:
-            reply.content = yield from self._read_content(count)
+            reply.content = self._read_content(source, count)
         return reply
 
     def encode_map(self, values: Mapping[str, Any]) -> bytes:
@@ -272,21 +319,21 @@ class Codec:
 
     def decode_map(self, data: bytes) -> dict[str, str]:
         """The map that `encode_map` wrote. Raises WireError when bytes are missing or left over."""
-        reader = io.BytesIO(data)
+        source = Source(data)
         try:
-            values = read(self._read_properties(), reader)
-        except Disconnected:
+            values = self._read_properties(source)
+        except _MissingError:
             raise WireError(f"a map of {len(data)} bytes is cut off") from None
-        if reader.read(1):
-            raise WireError(f"a map of {len(data)} bytes has {len(data) - reader.tell() + 1} bytes left over")
+        if source.rest:
+            raise WireError(f"a map of {len(data)} bytes has {source.rest} bytes left over")
         return values
 
     def _properties(self, values: Mapping[str, Any]) -> bytes:
-        pairs = (self._text(key) + self._text(str(value)) for key, value in values.items())
+        pairs = [self._key(key) + self._text(str(value)) for key, value in values.items()]
         return _count(len(values)) + b"".join(pairs)
 
     def _content(self, content: PairList) -> bytes:
-        items = (self._text(key) + _I32.pack(len(value)) + value for key, value in content.pairs)
+        items = [self._key(key) + _I32.pack(len(value)) + value for key, value in content.pairs]
         return _count(content.size()) + b"".join(items)
 
     def _text(self, text: str | None) -> bytes:
@@ -300,26 +347,27 @@ class Codec:
                 f"a text of {len(data)} bytes does not fit the {self._prefix.size}-byte length of this version"
             ) from None
 
-    def _read_text(self) -> Fields[str | None]:
-        length = yield from _read_integer(self._prefix)
+    def _read_text(self, source: Source) -> str | None:
+        length = source.integer(self._prefix)
         if length < 0:
             return None
-        return _decode((yield _checked(length)))
+        try:
+            return source.take(length).decode()
+        except UnicodeDecodeError as error:
+            raise WireError(f"a text is not UTF-8: {error}") from None
 
-    def _read_properties(self) -> Fields[dict[str, str]]:
-        count = yield from _read_integer(_I16)
+    def _read_properties(self, source: Source) -> dict[str, str]:
         values = {}
-        for _ in range(_checked(count)):
-            key = yield from self._read_text()
-            values[key or ""] = (yield from self._read_text()) or ""
+        for _ in range(_checked(source.integer(_I16))):
+            key = self._read_text(source)
+            values[key or ""] = self._read_text(source) or ""
         return values
 
-    def _read_content(self, count: int) -> Fields[PairList]:
+    def _read_content(self, source: Source, count: int) -> PairList:
         content = PairList()
         for _ in range(_checked(count)):
-            key = yield from self._read_text()
-            length = yield from _read_integer(_I32)
-            content.add(key, (yield _checked(length)))
+            key = self._read_text(source)
+            content.add(key, source.take(source.integer(_I32)))
         return content
 
 
@@ -338,13 +386,6 @@ def _checked(length: int) -> int:
     return length
 
 
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise WireError(f"a text is not UTF-8: {error}") from None
-
-
 def _frames(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Frames of a stream. It ends with the empty five-byte frame even after an error, whose text goes in a frame of its own:
     a last frame with data may reach the host in two reads, which it cannot parse (djl-contract 2.3)."""
@@ -358,56 +399,43 @@ def _frames(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield _I8.pack(0) + _I32.pack(0)
 
 
-def _read_integer(layout: struct.Struct) -> Fields[int]:
-    value: int = layout.unpack((yield layout.size))[0]
-    return value
-
-
-def _read_frames() -> Fields[bytes]:
+def _read_frames(source: Source) -> bytes:
     pieces, more = [], 1
     while more:
-        more = yield from _read_integer(_I8)
-        length = yield from _read_integer(_I32)
-        pieces.append((yield _checked(length)))
+        more = source.integer(_I8)
+        pieces.append(source.take(source.integer(_I32)))
     return b"".join(pieces)
 
 
-def read(fields: Fields[T], stream: BinaryIO) -> T:
+def read(parse: Callable[[Source], T], stream: BinaryIO) -> T:
     """Run a parser on a blocking stream (a socket's makefile("rb")). Raises Disconnected at its end, WireError on bad bytes."""
-    try:
-        wanted = next(fields)
-        while True:
-            data = stream.read(wanted)
-            if len(data) < wanted:
-                raise Disconnected()
-            wanted = fields.send(data)
-    except StopIteration as end:
-        result: T = end.value
-        return result
+
+    def more(length: int) -> bytes:
+        data = stream.read(length)
+        if len(data) < length:
+            raise Disconnected()
+        return data
+
+    return parse(Source(more=more))
 
 
-async def messages(grammar: Callable[[], Fields[T]], reader: asyncio.StreamReader) -> AsyncIterator[T]:
-    """One message after the other from an asyncio stream. Bytes are taken as they lie there, all that have come at once, so that
-    a parser waits only where some are missing. Raises Disconnected at the stream's end, WireError on bad bytes."""
-    data, place = b"", 0
+async def messages(parse: Callable[[Source], T], reader: asyncio.StreamReader) -> AsyncIterator[T]:
+    """One message after the other from an asyncio stream. Bytes are taken as they lie there, all that have come at once; a message
+    of which some are missing is parsed anew once they are here. Raises Disconnected at the stream's end, WireError on bad bytes."""
+    source = Source()
     while True:
-        fields = grammar()
-        wanted = next(fields)
+        start = source.place
         try:
-            while True:
-                if len(data) - place < wanted:
-                    data, place = await _with_more(reader, data[place:], wanted), 0
-                piece = data[place : place + wanted]
-                place += wanted
-                wanted = fields.send(piece)
-        except StopIteration as end:
-            result: T = end.value
-        yield result
+            message = parse(source)
+        except _MissingError as error:
+            source = Source(await _with_more(reader, source.data[start:], error.num_missing))
+        else:
+            yield message
 
 
-async def _with_more(reader: asyncio.StreamReader, rest: bytes, wanted: int) -> bytes:
-    """The rest and what comes next, at least `wanted` bytes in all."""
-    pieces, num_missing = [rest], wanted - len(rest)
+async def _with_more(reader: asyncio.StreamReader, rest: bytes, num_missing: int) -> bytes:
+    """The rest and what comes next, at least so many bytes."""
+    pieces = [rest]
     while num_missing > 0:
         pieces.append(await reader.read(max(num_missing, READ_BYTES)))
         if not pieces[-1]:

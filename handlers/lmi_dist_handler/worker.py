@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TextIO
@@ -155,7 +155,7 @@ class Connection:
         try:
             with self._connection.makefile("rb") as stream:
                 while True:
-                    request = read(self._codec.request(), stream)
+                    request = read(self._codec.request, stream)
                     loop.call_soon_threadsafe(self._dispatch, request)
         except (Disconnected, OSError) as error:
             logger.info("the host has closed the connection: %s", error)
@@ -183,25 +183,21 @@ class Connection:
     async def _answer(self, request: Input) -> None:
         tracking_id = request.get_property(TRACKING_ID)
         try:
-            async for reply in self._call(request):
-                self._reply(reply, tracking_id)
+            result = getattr(self._module, request.function_name or "handle")(request)
+            if inspect.isawaitable(result):
+                result = await result
+            if hasattr(result, "__aiter__"):
+                async for reply in result:
+                    self._reply(reply, tracking_id)
+            elif result is None:
+                self._reply(Output(204, "No content"), tracking_id)
+            elif isinstance(result, Output):
+                self._reply(result, tracking_id)
+            else:
+                self._reply(Output().error(f"Invalid output type: {type(result)}"), tracking_id)
         except Exception as error:  # the protocol's duty: whatever happened, this request gets a reply
             logger.exception("handler %s failed", request.function_name)
             self._reply(failure(error), tracking_id)
-
-    async def _call(self, request: Input) -> AsyncIterator[Output]:
-        result = getattr(self._module, request.function_name or "handle")(request)
-        if inspect.isawaitable(result):
-            result = await result
-        if hasattr(result, "__aiter__"):
-            async for reply in result:
-                yield reply
-        elif result is None:
-            yield Output(204, "No content")
-        elif isinstance(result, Output):
-            yield result
-        else:
-            yield Output().error(f"Invalid output type: {type(result)}")
 
     def _reply(self, reply: Output, tracking_id: str | None) -> None:
         if tracking_id is not None:

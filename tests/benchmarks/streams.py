@@ -3,9 +3,9 @@
     .venv/bin/python tests/benchmarks/streams.py --model MODEL
 
 The engine lives in this process and the server beside it; one sleeps while the other is measured, so that both have the same
-machine. The client is this one thread, which looks at its sockets once in LOOK_S and for nothing but the end: what it takes, and what
-waking it takes, is lost to the server. Prints a line a turn, then the medians: tokens a second both ways, and the CPU time of a token in
-the host, in the worker beside the threads that compute, and in the client.
+machine. The client is this one thread, which looks at its sockets once in LOOK_S and for nothing but the end: what it takes, and
+what waking it takes, is lost to the server. Prints a line a turn, then the medians: tokens a second both ways, and the CPU time of
+a token in the host, in the worker beside the threads that compute, and in the client.
 """
 
 import argparse

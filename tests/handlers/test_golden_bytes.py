@@ -182,7 +182,7 @@ def test_requests_are_written_alike(minor: int) -> None:
 @MINORS
 def test_requests_are_read_alike(minor: int, djl_python: Any) -> None:
     for golden, properties, content in ((REQUEST, PROPERTIES, CONTENT), (INIT, INIT_PROPERTIES, [])):
-        ours = read(Codec(minor).request(), io.BytesIO(golden.of(minor)))
+        ours = read(Codec(minor).request, io.BytesIO(golden.of(minor)))
         theirs = djl_python.Input()
         theirs.read(Bytes(golden.of(minor)))
 
@@ -202,7 +202,7 @@ def test_replies_are_written_alike(minor: int, djl_python: Any) -> None:
 @MINORS
 def test_replies_are_read_alike(minor: int) -> None:
     for golden, output in replies(Output):
-        ours = read(Codec(minor).response(), io.BytesIO(golden.of(minor)))
+        ours = read(Codec(minor).response, io.BytesIO(golden.of(minor)))
         theirs = HostWire(minor).reply(Bytes(golden.of(minor)))
 
         content = [(None, "aé".encode())] if output.stream else output.content.pairs

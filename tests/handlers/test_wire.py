@@ -4,13 +4,13 @@ import asyncio
 import contextlib
 import io
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lmi_dist_handler.wire import Codec, Disconnected, Fields, Input, Output, PairList, WireError, messages, read
+from lmi_dist_handler.wire import Codec, Disconnected, Input, Output, PairList, Source, WireError, messages, read
 
 T = TypeVar("T")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -19,9 +19,9 @@ CONTENT = st.lists(st.tuples(st.none() | TEXTS, st.binary(max_size=60)), max_siz
 VERSIONS = st.sampled_from([26, 27, 29])
 
 
-def decoded(fields: Fields[T], data: bytes) -> T:
+def decoded(parse: Callable[[Source], T], data: bytes) -> T:
     stream = io.BytesIO(data)
-    value = read(fields, stream)
+    value = read(parse, stream)
     assert stream.read() == b""
     return value
 
@@ -34,7 +34,7 @@ def encoded(reply: Output, version: int = 27) -> bytes:
 def test_requests_survive_the_wire(version: int, properties: dict[str, str], content: PairList) -> None:
     codec = Codec(version)
 
-    request = decoded(codec.request(), codec.encode_request(Input(properties, content)))
+    request = decoded(codec.request, codec.encode_request(Input(properties, content)))
 
     assert (request.properties, request.content) == (properties, content)
 
@@ -44,7 +44,7 @@ def test_replies_survive_the_wire(version: int, code: int, message: str, propert
     reply = Output(code, message)
     reply.properties, reply.content = properties, content
 
-    again = decoded(Codec(version).response(), encoded(reply, version))
+    again = decoded(Codec(version).response, encoded(reply, version))
 
     assert (again.code, again.message, again.properties, again.content) == (code, message, properties, content)
 
@@ -62,15 +62,15 @@ def test_cut_off_request_is_a_disconnect(properties: dict[str, str], content: Pa
     length = data.draw(st.integers(0, len(whole) - 1))
 
     with pytest.raises(Disconnected, match="Connection disconnected"):
-        read(Codec().request(), io.BytesIO(whole[:length]))
+        read(Codec().request, io.BytesIO(whole[:length]))
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_end_in_a_known_way(data: bytes) -> None:
-    parsers: tuple[Fields[Input] | Fields[Output], ...] = (Codec().request(), Codec().response())
-    for fields in parsers:
+    parsers: tuple[Callable[[Source], Input | Output], ...] = (Codec().request, Codec().response)
+    for parse in parsers:
         with contextlib.suppress(Disconnected, WireError):
-            read(fields, io.BytesIO(data))
+            read(parse, io.BytesIO(data))
 
 
 def test_request_bytes_are_those_of_the_contract() -> None:
@@ -103,7 +103,7 @@ def test_stream_ends_with_an_empty_frame() -> None:
 
     assert pieces[0].endswith(b"\xff\xff")
     assert pieces[1:] == [b"\1\0\0\0\1a", b"\1\0\0\0\2bc", b"\0\0\0\0\0"]
-    assert decoded(Codec().response(), b"".join(pieces)).content == PairList([(None, b"abc")])
+    assert decoded(Codec().response, b"".join(pieces)).content == PairList([(None, b"abc")])
 
 
 def test_failing_stream_sends_its_error_first() -> None:
@@ -242,4 +242,4 @@ def test_finalizer_failure_is_only_logged(caplog: pytest.LogCaptureFixture) -> N
 )
 def test_length_that_cannot_be_meant_is_refused(data: bytes) -> None:
     with pytest.raises(WireError, match="must be between 0 and 1073741824"):
-        read(Codec().request(), io.BytesIO(data))
+        read(Codec().request, io.BytesIO(data))

@@ -61,7 +61,7 @@ class Client:
         self.connection.sendall(Codec().encode_request(Input({"handler": handler, "request_tracking_id": tracking_id}, content)))
 
     def reply(self) -> Output:
-        return read(Codec().response(), self.stream)
+        return read(Codec().response, self.stream)
 
     def ask(self, handler: str, body: bytes | None = b"") -> Output:
         self.send(handler, "t", body)
