@@ -171,7 +171,7 @@ def _of_host(answer: "Answer | None", background: Background | None) -> Any:
         return _converted(output).add_stream_content(background.iterate(texts), None)
     if answer is None or isinstance(answer, Output):
         return None if answer is None else _converted(answer)
-    return _converted_all(answer)
+    return _converted_all(answer) if _host.is_djl else answer
 
 
 async def _converted_all(frames: AsyncIterator[Output]) -> AsyncIterator[Any]:

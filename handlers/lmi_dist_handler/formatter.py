@@ -159,8 +159,10 @@ class Formatter(ABC):
     def push(self, output: Output) -> str:
         """Text to append to the body now; "" while there is none. An output with an error belongs to `error`."""
         key = (output.request_id, output.index)
-        is_first = key not in self.candidates
-        candidate = self.candidates.setdefault(key, Candidate(*key))
+        candidate = self.candidates.get(key)
+        is_first = candidate is None
+        if candidate is None:
+            candidate = self.candidates[key] = Candidate(*key)
         candidate.add(output)
         if output.prompt_tokens:
             self.prompt_tokens[output.request_id] = output.prompt_tokens

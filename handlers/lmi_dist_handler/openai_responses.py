@@ -71,8 +71,12 @@ class OpenAIEvents(OpenAIFormatter):
         self._opening = dumps(self.head).removesuffix("}")  # written once: it is most of an event
         self._closing = ', "usage": null}' if ask.include_usage else "}"
 
-    def event(self, choice: dict[str, Any]) -> str:
-        return f'data: {self._opening}, "choices": [{dumps(choice)}]{self._closing}\n\n'
+    def event(self, place: int, name: str, value: object, logprobs: dict[str, Any] | None, reason: str | None) -> str:
+        """One choice's news, `value` under `name`. What is the same for every token is not JSON's to find out each time."""
+        choice = (
+            f'"index": {place}, "{name}": {dumps(value)}, "logprobs": {_or_null(logprobs)}, "finish_reason": {_or_null(reason)}'
+        )
+        return f'data: {self._opening}, "choices": [{{{choice}}}]{self._closing}\n\n'
 
     def _end(self) -> str:
         usage = f"data: {dumps({**self.head, 'choices': [], 'usage': self.usage()})}\n\n" if self.ask.include_usage else ""
@@ -104,9 +108,12 @@ class CompletionEvents(OpenAIEvents):
         if not text and not (self.ask.logprobs and output.tokens) and output.finish_reason is None:
             return ""
         place = self.place(candidate)
-        logprobs = _completion_logprobs(prompt_tokens, output.tokens, self._offsets.get(place, 0)) if self.ask.logprobs else None
-        self._offsets[place] = self._offsets.get(place, 0) + len(text)
-        return self.event({"index": place, "text": text, "logprobs": logprobs, "finish_reason": _reason(output.finish_reason)})
+        logprobs = None
+        if self.ask.logprobs:
+            offset = self._offsets.get(place, 0)
+            self._offsets[place] = offset + len(text)
+            logprobs = _completion_logprobs(prompt_tokens, output.tokens, offset)
+        return self.event(place, "text", text, logprobs, _reason(output.finish_reason))
 
 
 class Chat(OpenAIFormatter):
@@ -146,7 +153,7 @@ class ChatEvents(OpenAIEvents):
     def _choice(
         self, candidate: Candidate, delta: dict[str, str], logprobs: dict[str, Any] | None = None, reason: str | None = None
     ) -> str:
-        return self.event({"index": self.place(candidate), "delta": delta, "logprobs": logprobs, "finish_reason": reason})
+        return self.event(self.place(candidate), "delta", delta, logprobs, reason)
 
 
 class DjlChat(OpenAIFormatter):
@@ -225,6 +232,10 @@ class DjlChatEvents(DjlChatLines):
 
     def frame(self, line: str) -> str:
         return f"data: {line}\n\n"
+
+
+def _or_null(value: object) -> str:
+    return "null" if value is None else dumps(value)
 
 
 def _reason(reason: str | None) -> str | None:

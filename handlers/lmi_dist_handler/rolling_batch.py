@@ -10,7 +10,6 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 
 from lmi_dist_handler.dialects import LmiDialect
 from lmi_dist_handler.streaming import MAX_PIECE, Frame, Streams
@@ -57,7 +56,7 @@ class Answer:
         frame = self._frames.popleft() if self._frames else Frame("", self._content_type or "")
         while self._frames and self._frames[0].code is None and len(frame.text) + len(self._frames[0].text) <= MAX_PIECE:
             following = self._frames.popleft()  # not one with a code: the host drops the text beside it
-            frame = replace(following, text=frame.text + following.text)
+            frame = following._replace(text=frame.text + following.text)
         return self._with_last_word(frame) if self._dialect.last_must_speak else frame
 
     async def close(self) -> None:
@@ -88,9 +87,9 @@ class Answer:
         text = self._held + frame.text
         self._has_spoken = self._has_spoken or bool(text)
         if frame.is_last:
-            return replace(frame, text=text if self._has_spoken else NOTHING)
+            return frame._replace(text=text if self._has_spoken else NOTHING)
         self._held = text[-1:]
-        return replace(frame, text=text[:-1])
+        return frame._replace(text=text[:-1])
 
 
 class RollingBatch:

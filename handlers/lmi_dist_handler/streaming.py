@@ -12,12 +12,13 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmi_dist import DeviceError, LmiError, StepError
 from lmi_dist_handler import requests, responses
 from lmi_dist_handler.formatter import UnavailableError
+from lmi_dist_handler.inbox import Inbox
 from lmi_dist_handler.model_py import NONE, Functions
 from lmi_dist_handler.settings import HandlerConfig
 from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
@@ -162,28 +163,16 @@ def _pour(items: list[tuple[Sink, Any]]) -> None:
 
 
 class Feed:
-    """What the engine has said about one stream's requests and nobody has taken yet."""
+    """What the engine says about one stream's requests, and how far the stream has come."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.has_begun = False  # a token has come
-        self._items: list[EngineOutput | Exception] = []
-        self._filled = asyncio.Event()
-
-    def put(self, item: "EngineOutput | Exception") -> None:
-        self._items.append(item)
-        self._filled.set()
-
-    async def take(self) -> "list[EngineOutput | Exception]":
-        """All that waits, at least one item: a slow reader catches up in one go."""
-        await self._filled.wait()
-        self._filled.clear()
-        items, self._items = self._items, []
-        return items
+        self.has_spoken = False  # the client has been sent text
+        self.inbox: Inbox[EngineOutput | Exception] = Inbox()
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One piece of an answer. With a code it is the last, and `text` is the error as this client's dialect writes it."""
 
     text: str
@@ -245,8 +234,15 @@ class Streams:
                 yield parsed
                 return
             yield Frame("", parsed.formatter.content_type)
-            async for frame in self._answered(parsed if seed is None else parsed.seeded(seed), feed):
-                yield frame
+            parsed = parsed if seed is None else parsed.seeded(seed)
+            try:
+                for request in parsed.requests:
+                    self._thread.submit(request, feed.inbox.put)
+                while not parsed.formatter.is_done:
+                    for frame in self._news(parsed.formatter, await feed.inbox.take_all(), feed):
+                        yield frame
+            finally:
+                self._thread.abort(request.id for request in parsed.requests)  # those that have ended are no-ops
         finally:
             del self._feeds[tracking_id]
             if not self._feeds:
@@ -256,7 +252,7 @@ class Streams:
         """End a request that runs; False when there is none of this id."""
         feed = self._feeds.get(tracking_id)
         if feed is not None:
-            feed.put(AbortedError("the request was aborted"))
+            feed.inbox.put(AbortedError("the request was aborted"))
         return feed is not None
 
     def stats(self) -> dict[str, Any]:
@@ -291,41 +287,28 @@ class Streams:
             read = await asyncio.to_thread(lambda: tuple([self._engine.prepare(request) for request in parsed.requests]))
         return replace(parsed, requests=read)
 
-    async def _answered(self, parsed: requests.Parsed, feed: Feed) -> AsyncIterator[Frame]:
-        try:
-            for request in parsed.requests:
-                self._thread.submit(request, feed.put)
-            async for frame in self._texts(parsed.formatter, feed):
-                yield frame
-        finally:
-            self._thread.abort(request.id for request in parsed.requests)  # those that have ended are no-ops
-
-    async def _texts(self, formatter: responses.Formatter, feed: Feed) -> AsyncIterator[Frame]:
-        """Frames of what each round of outputs adds, until all candidates have ended or one item is an error."""
-        has_spoken = False
-        while not formatter.is_done:
-            text = ""
-            for item in await feed.take():
-                try:
-                    text += formatter.push(self._checked(item, feed))
-                except Exception as error:  # told to this client alone
-                    for piece in _pieces(text):
-                        yield Frame(piece, formatter.content_type)
-                    has_spoken = has_spoken or bool(text)
-                    told = formatter.error(_told(error))
-                    yield _failed(told, formatter.content_type if has_spoken or told.in_form else "application/json")
-                    return
-            has_spoken = has_spoken or bool(text)
-            *pieces, last = _pieces(text) or [""]
-            for piece in pieces:
-                yield Frame(piece, formatter.content_type)
-            if last or formatter.is_done:
-                yield Frame(last, formatter.content_type, formatter.is_done)
+    def _news(self, formatter: responses.Formatter, items: "list[EngineOutput | Exception]", feed: Feed) -> list[Frame]:
+        """What these items add to the answer. One that is an error ends it."""
+        text, told = "", None
+        for item in items:
+            try:
+                text += formatter.push(self._checked(item, feed))
+            except Exception as error:  # told to this client alone
+                told = formatter.error(_told(error))
+                break
+        feed.has_spoken = feed.has_spoken or bool(text)
+        frames = [Frame(piece, formatter.content_type) for piece in _pieces(text)]
+        if told is not None:
+            frames.append(_failed(told, formatter.content_type if feed.has_spoken or told.in_form else "application/json"))
+        elif formatter.is_done:
+            last = frames.pop() if frames else Frame("", formatter.content_type)
+            frames.append(last._replace(is_last=True))
+        return frames
 
     def _checked(self, item: "EngineOutput | Exception", feed: Feed) -> "EngineOutput":
         """The output, or raise what ended the request."""
         if isinstance(item, Exception):
-            raise item
+            raise item.with_traceback(None)  # of a failed step all requests share it, and each raise would add to it
         if item.error is not None:
             raise item.error
         if item.tokens and not feed.has_begun:
