@@ -7,6 +7,10 @@
 #include "common/rows.h"
 #include "cpu/linear_layout.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace lmi::LMI_LEVEL {
 namespace {
 
@@ -68,6 +72,65 @@ struct Lanes {
   int64_t row[kPanel];
 };
 
+constexpr int64_t kWordBytes = 4, kColumnBytes = kPanel * kWordBytes; /* of a dense panel */
+constexpr int64_t kTileBytes = kHalf * kWordBytes;                   /* of a row, and of what comes of it in a column */
+
+/* A tile of 16 columns: what the rows have at `offset` bytes, 16 words each, becomes a line of 16 lanes in each column. Written past the
+ * caches: a weight is larger than they are, and is not read before all of it is packed. */
+void put_tile(char *columns, const char *const *rows, int64_t offset) {
+#if defined(__AVX512F__)
+  __m512i a[kHalf], b[kHalf]; /* transposed in four rounds: words, pairs of words, fours, eights */
+  for (int i = 0; i < kHalf; ++i) a[i] = _mm512_loadu_si512(rows[i] + offset);
+  for (int i = 0; i < kHalf; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < kHalf; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
+      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
+    }
+  }
+  for (int i = 0; i < kHalf; i += 8) {
+    for (int k = i; k < i + 4; ++k) {
+      b[k] = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88);
+      b[k + 4] = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
+    }
+  }
+  for (int k = 0; k < 8; ++k) {
+    char *column = columns + kColumnBytes * k;
+    _mm512_stream_si512(reinterpret_cast<__m512i *>(column), _mm512_shuffle_i32x4(b[k], b[k + 8], 0x88));
+    _mm512_stream_si512(reinterpret_cast<__m512i *>(column + 8 * kColumnBytes), _mm512_shuffle_i32x4(b[k], b[k + 8], 0xdd));
+  }
+#else
+  for (int word = 0; word < kHalf; ++word) {
+    for (int lane = 0; lane < kHalf; ++lane) {
+      const char *from = rows[lane] + offset + kWordBytes * word;
+      std::memcpy(columns + kColumnBytes * word + kWordBytes * lane, from, kWordBytes);
+    }
+  }
+#endif
+}
+
+/* The halves of a dense panel whose rows are all there, tile by tile; their lanes need nothing more. */
+void put_tiles(const lmi_linear_pack_args &args, char *panel, Lanes &lanes) {
+  const int64_t row_bytes = args.w.size[1] * bytes_of(args.w.dtype);
+  if (row_bytes % kTileBytes || reinterpret_cast<uintptr_t>(panel) % kTileBytes) return;
+  for (int half = 0; half < 2; ++half) {
+    int64_t *row = lanes.row + half * kHalf;
+    if (std::any_of(row, row + kHalf, [](int64_t each) { return each < 0; })) continue;
+    const char *rows[kHalf];
+    for (int lane = 0; lane < kHalf; ++lane) rows[lane] = static_cast<const char *>(at(args.w, row[lane]));
+    for (int64_t offset = 0; offset < row_bytes; offset += kTileBytes) {
+      put_tile(panel + offset / kWordBytes * kColumnBytes + half * kTileBytes, rows, offset);
+    }
+    std::fill(row, row + kHalf, kKept);
+  }
+#if defined(__AVX512F__)
+  _mm_sfence(); /* such stores keep no order with what tells others that the job is done */
+#endif
+}
+
 /* Some inputs of one lane after the other, so that what they write together stays in the first-level cache meanwhile. */
 void put_lanes(const lmi_linear_pack_args &args, const PanelLayout &layout, int64_t panel, const Lanes &lanes) {
   constexpr int64_t kSome = 4 * kTileInputs; /* 8 KiB of a 16-bit panel */
@@ -117,6 +180,7 @@ void linear_pack(const lmi_linear_pack_args &args) {
         const int64_t output = output_of(shape, {panel, lane});
         lanes.row[lane] = output < 0 ? -1 : has_row(output) ? output - args.row_offset : kKept;
       }
+      if (args.format == LMI_DENSE) put_tiles(args, static_cast<char *>(args.packed.data) + panel * layout.panel_bytes, lanes);
       put_lanes(args, layout, panel, lanes);
     }
   });

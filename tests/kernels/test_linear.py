@@ -395,6 +395,21 @@ def test_experts_must_lie_together(library: Library) -> None:
         ops.grouped_linear(rand(3, 16), apart, torch.tensor([0, 1, 3], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_inputs", [32, 96, 100])  # the last one not by tiles
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_lie_alike_however_many_come_at_once(library: Library, dtype: torch.dtype, num_inputs: int, gated: bool) -> None:
+    """Where 16 rows of a panel come at once they are packed by tiles, a row that comes alone is not."""
+    w, x = strided(rand(150, num_inputs, dtype=dtype, seed=1)), rand(3, num_inputs, dtype=dtype)
+    whole, apart = (ops.pack_linear(150, num_inputs, dtype, gated=gated) for _ in range(2))
+
+    whole.put(w)
+    for row in range(150):
+        apart.put(w[row : row + 1], row)
+
+    assert torch.equal(ops.linear(x, whole), ops.linear(x, apart))
+
+
 def test_padding_of_a_panel_stays_out(library: Library) -> None:
     """Outputs beyond F are in the panel and nowhere else: what stands after out is left alone."""
     wide: Tensor = torch.full((5, 40), 7.0)
