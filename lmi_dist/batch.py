@@ -56,13 +56,13 @@ class ForwardBatch:
 
     ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
-    rope_lengths: torch.Tensor  # [T] the length by which a rotary scaling goes that looks at lengths
     slots: torch.Tensor  # [T] where the token's key goes: block * P + place
     starts: torch.Tensor  # [B+1] sequence b owns tokens starts[b] .. starts[b+1]-1
     key_lengths: torch.Tensor  # [B] keys after this step
     tables: torch.Tensor  # [B,max_blocks] padded with -1
     output_rows: torch.Tensor  # [R] tokens whose logits are wanted
     cache: KVCache
+    rope_lengths: torch.Tensor | None = None  # [T] by which a rotary scaling goes that looks at lengths; None: position + 1
     embeddings: torch.Tensor | None = None  # [T,E] in place of ids, where inputs were merged
     images: tuple[tuple[int, torch.Tensor], ...] = ()  # first token, and the features [tokens,E] in place of it and those behind
     cross_lengths: torch.Tensor | None = None  # [B] keys of the encoder; None: nobody has one

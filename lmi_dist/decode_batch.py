@@ -19,8 +19,8 @@ from lmi_dist.staging import pinned
 
 MAX_SEQUENCES = 64  # in a recorded step on a CPU: a larger one takes so long that Python's part is small
 
-COLUMNS = ("ids", "positions", "rope_lengths", "slots", "key_lengths", "cross_lengths", "sources")
-PADDING = (0, 0, 1, -1, 0, 0, 0)
+COLUMNS = ("ids", "positions", "slots", "key_lengths", "cross_lengths", "sources")
+PADDING = (0, 0, -1, 0, 0, 0)
 
 
 def recorded_sizes(config: EngineConfig, device: Device) -> Sequence[int]:
@@ -37,8 +37,14 @@ def recorded_sizes(config: EngineConfig, device: Device) -> Sequence[int]:
 
 
 def is_decode(chunks: Sequence[Chunk]) -> bool:
-    """Whether each has one token and wants its logits, and none has what a header has no place for."""
-    return all(len(chunk.token_ids) == chunk.num_outputs == 1 and chunk.adapter < 0 and not chunk.spans for chunk in chunks)
+    """Whether each has one token, the prompt's last or a later one, with logits, and nothing that a header has no place for."""
+    return all(
+        len(chunk.token_ids) == chunk.num_outputs == 1
+        and chunk.start + 1 >= chunk.prompt_length
+        and chunk.adapter < 0
+        and not chunk.spans
+        for chunk in chunks
+    )
 
 
 class DecodeBatch:
@@ -83,12 +89,11 @@ class DecodeBatch:
             if self._written[row] != (chunk.table, chunk.cross_table):
                 self._write_tables(row, chunk)
         self._columns[:, num:size] = np.array(PADDING)[:, None]
-        values = [(chunk.token_ids[0], chunk.start, chunk.prompt_length, chunk.cross_length) for chunk in chunks]
-        ids, positions, prompt_lengths, cross_lengths = np.array(values, np.int32).T
+        values = [(chunk.token_ids[0], chunk.start, chunk.cross_length) for chunk in chunks]
+        ids, positions, cross_lengths = np.array(values, np.int32).T
         blocks = self._tables[np.arange(num), positions // BLOCK_SIZE]
-        lengths = positions + 1
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        self._columns[:-1, :num] = ids, positions, np.maximum(prompt_lengths, lengths), slots, lengths, cross_lengths
+        self._columns[:-1, :num] = ids, positions, slots, positions + 1, cross_lengths
         sources = None if chosen is None else chosen.sources(chunks, range(num), ids)
         if sources is not None:
             self._columns[-1, :num] = sources

@@ -2,7 +2,8 @@
 
 A scaling that looks at a length (dynamic, longrope) goes by the token's rope length, max(prompt_length, position + 1). That is what
 transformers' generate does (a prompt is rotated by its whole length, each later token by its own), told without a history: a
-key does not depend on how a prompt was cut, batched or computed again.
+key does not depend on how a prompt was cut, batched or computed again. Behind a prompt, and in a short one, the position alone
+tells the angles: every scaling has a table whose row p is for position p, and a decode step needs nothing else.
 """
 
 import math
@@ -43,7 +44,7 @@ def rotary(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.de
     worked out on the CPU, so that their bits are the same everywhere."""
     dim = int(head_dim * rope.partial)
     if rope.type == "dynamic":
-        return DynamicRotary(rope, dim)
+        return DynamicRotary(rope, dim, num_positions, device)
     if rope.type == "longrope":
         return LongRotary(rope, dim, num_positions, device)
     scale = yarn_scale(rope) if rope.type == "yarn" else 1.0
@@ -64,18 +65,22 @@ class StaticRotary:
 
 
 class LongRotary:
-    """Two sets of frequencies, for lengths up to the original maximum and above: two tables, one after the other."""
+    """Two sets of frequencies, for lengths up to the original maximum and above. Row p is the short ones' within the maximum and
+    the long ones' beyond; behind them all come the long ones' within it, which a long prompt begins with."""
 
     def __init__(self, rope: RopeConfig, dim: int, num_positions: int, device: torch.device) -> None:
-        self.original = rope.original_max_position
+        self.original, self.num_positions = rope.original_max_position, num_positions
         scale = longrope_scale(rope)
         short = angles(torch.arange(min(self.original, num_positions)), longrope(rope, dim, rope.short_factor), scale)
         long = angles(torch.arange(num_positions), longrope(rope, dim, rope.long_factor), scale)
-        self.first_long = len(short.cos)
-        self.table = Angles(torch.cat((short.cos, long.cos)), torch.cat((short.sin, long.sin))).to(device)
+        rows = [torch.cat((a, b[len(a) :], b[: len(a)])) for a, b in zip(short, long, strict=True)]
+        self.table = Angles(*rows).to(device)
 
     def __call__(self, batch: ForwardBatch) -> ForwardBatch:
-        rows = batch.positions + self.first_long * (batch.rope_lengths > self.original).int()
+        rows = batch.positions
+        if batch.rope_lengths is not None:
+            begins_long = (batch.rope_lengths > self.original) & (rows < self.original)
+            rows = rows + self.num_positions * begins_long.int()
         return replace(batch, rope=Rope(*self.table, rows))
 
     def regime(self, prompt_length: int) -> str:
@@ -83,29 +88,41 @@ class LongRotary:
 
 
 class DynamicRotary:
-    """Frequencies that fall with the rope length beyond the original maximum; rows are made for the step. They are made in tiles of
-    BLOCK_SIZE positions that begin at a multiple of it, so that a row's bits do not depend on which others were asked for."""
+    """Frequencies that fall with the rope length beyond the original maximum. Row p is for the length p + 1, or the maximum; those
+    of a longer prompt are made for the step, in tiles of BLOCK_SIZE positions that begin at a multiple of it, so that a row's bits
+    do not depend on which others were asked for."""
 
-    def __init__(self, rope: RopeConfig, dim: int) -> None:
+    def __init__(self, rope: RopeConfig, dim: int, num_positions: int, device: torch.device) -> None:
         self.rope, self.dim = rope, dim
         self.original = rope.original_max_position
-        self.tile = lru_cache(maxsize=1024)(self._tile)  # lengths within the original maximum share theirs, step after step
+        positions = torch.arange(num_positions)
+        self.table = angles(positions, dynamic(rope, dim, (positions + 1).clamp(min=self.original)[:, None])).to(device)
+        self.tile = lru_cache(maxsize=1024)(self._tile)  # chunks of a prompt share theirs
 
     def __call__(self, batch: ForwardBatch) -> ForwardBatch:
-        lengths = batch.rope_lengths.clamp(min=self.original)
-        keys = torch.stack((lengths, batch.positions // BLOCK_SIZE), 1)
-        keys, tile_of_token = torch.unique(keys, dim=0, return_inverse=True)
-        rows = tile_of_token * BLOCK_SIZE + batch.positions % BLOCK_SIZE
-        tiles = [self.tile(length, block) for length, block in keys.tolist()]
-        cos, sin = (torch.cat(parts).to(rows.device) for parts in zip(*tiles, strict=True))
-        return replace(batch, rope=Rope(cos, sin, rows.int()))
+        if batch.rope_lengths is None:
+            return replace(batch, rope=Rope(*self.table, batch.positions))
+        return replace(batch, rope=self._rope(batch.positions, batch.rope_lengths))
+
+    def _rope(self, positions: torch.Tensor, lengths: torch.Tensor) -> Rope:
+        stretched = torch.nonzero(lengths > (positions + 1).clamp(min=self.original))[:, 0]  # tokens of a longer prompt
+        if not len(stretched):
+            return Rope(*self.table, positions)
+        tile_keys = torch.stack((lengths[stretched], positions[stretched] // BLOCK_SIZE), 1)
+        tile_keys, tile_of_token = torch.unique(tile_keys, dim=0, return_inverse=True)
+        rows = tile_of_token * BLOCK_SIZE + positions[stretched] % BLOCK_SIZE
+        tiles = [self.tile(length, block) for length, block in tile_keys.tolist()]
+        made = Angles(*[part.index_select(0, positions) for part in self.table])
+        for part, parts in zip(made, zip(*tiles, strict=True), strict=True):
+            part[stretched] = torch.cat(parts).to(part.device)[rows]
+        return Rope(*made, torch.arange(len(positions), dtype=torch.int32).to(positions.device))
 
     def regime(self, prompt_length: int) -> str:
         return f"dynamic {prompt_length}" if prompt_length > self.original else ""
 
     def _tile(self, length: int, block: int) -> Angles:
         positions = torch.arange(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-        return angles(positions, dynamic(self.rope, self.dim, length))
+        return angles(positions, dynamic(self.rope, self.dim, torch.tensor(length)))
 
 
 # ---- frequencies: each gives inv_freq, fp32 [dim/2] ----
@@ -131,9 +148,10 @@ def linear(rope: RopeConfig, dim: int) -> torch.Tensor:
     return default(rope.theta, dim) / rope.factor
 
 
-def dynamic(rope: RopeConfig, dim: int, length: int) -> torch.Tensor:
-    """NTK-aware: theta grows with the length (transformers: _compute_dynamic_ntk_parameters, in fp32 as there)."""
-    stretch = rope.factor * torch.tensor(float(length)) / rope.original_max_position - (rope.factor - 1)
+def dynamic(rope: RopeConfig, dim: int, length: torch.Tensor) -> torch.Tensor:
+    """NTK-aware: theta grows with the length (transformers: _compute_dynamic_ntk_parameters, in fp32 as there). length: one, or a
+    column of them [n,1], which gives [n,dim/2]."""
+    stretch = rope.factor * length.float() / rope.original_max_position - (rope.factor - 1)
     return default(rope.theta * stretch ** (dim / (dim - 2)), dim)
 
 

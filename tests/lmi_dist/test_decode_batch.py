@@ -11,11 +11,11 @@ from lmi_dist.decode_batch import DecodeBatch, is_decode
 from lmi_dist.plan import PENDING, Chunk, Plan, Span
 
 CACHE = driving.make_cache()
-FIELDS = ("ids", "positions", "rope_lengths", "slots", "starts", "key_lengths", "output_rows", "cross_lengths")
+FIELDS = ("ids", "positions", "slots", "starts", "key_lengths", "output_rows", "cross_lengths")
 
 
 def decode(position: int, table: tuple[int, ...], **values: object) -> Chunk:
-    return Chunk(0, (position + 100,), position, table, **{"prompt_length": 20, "num_outputs": 1, **values})  # type: ignore[arg-type]
+    return Chunk(0, (position + 100,), position, table, **{"prompt_length": 1, "num_outputs": 1, **values})  # type: ignore[arg-type]
 
 
 def header(*chunks: Chunk, size: int = 0, has_cross: bool = False, first: tuple[Chunk, ...] = ()) -> ForwardBatch:
@@ -35,7 +35,7 @@ def assert_same(batch: ForwardBatch, chunks: tuple[Chunk, ...]) -> None:
         assert ours is theirs is None or torch.equal(ours[:, : theirs.shape[1]][theirs >= 0], theirs[theirs >= 0])
 
 
-CHUNKS = (decode(17, (5, 3)), decode(0, (0,)), decode(47, (-1, 7, 2), prompt_length=50))
+CHUNKS = (decode(17, (5, 3)), decode(0, (0,)), decode(47, (-1, 7, 2)))
 CROSS = tuple(decode(i, (i,), cross_table=(3, 4 + i), cross_length=17 + i) for i in range(3))
 
 
@@ -80,6 +80,8 @@ def test_padding_writes_no_key_and_sees_none() -> None:
     ("chunk", "expected"),
     [
         (decode(3, (0,)), True),
+        (decode(3, (0,), prompt_length=4), True),
+        (decode(3, (0,), prompt_length=5), False),
         (decode(3, (0,), num_outputs=0), False),
         (decode(3, (0,), adapter=1), False),
         (decode(3, (0,), spans=(Span(3, b"", 0, 1),)), False),
@@ -87,5 +89,5 @@ def test_padding_writes_no_key_and_sees_none() -> None:
         (Chunk(0, (1, 2), 0, (0,), 2, 1), False),
     ],
 )
-def test_only_single_tokens_with_logits_are_decodes(chunk: Chunk, expected: bool) -> None:
+def test_only_single_last_tokens_with_logits_are_decodes(chunk: Chunk, expected: bool) -> None:
     assert is_decode((CHUNKS[0], chunk)) is expected

@@ -93,6 +93,15 @@ def test_angles_have_equal_bits_in_any_chunk(name: str) -> None:
     assert torch.equal(angles(made, batch_of([chunk(333, 0, 300), *chunks]))[300:], whole)
 
 
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tokens_behind_their_prompt_need_no_length(name: str) -> None:
+    """That of each is its position + 1, in the bits, too: of the token behind a short prompt, and of the last of a long one."""
+    made = ours(SCALINGS[name])
+    batch = batch_of([chunk(5, position, position + 1) for position in range(45, 140)] + [chunk(300, 299, 300)])
+
+    assert torch.equal(angles(made, replace(batch, rope_lengths=None)), angles(made, batch))
+
+
 def test_partial_rotation_turns_fewer_pairs() -> None:
     rope = replace(RopeConfig(), partial=0.25)
 

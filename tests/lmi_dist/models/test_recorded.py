@@ -22,12 +22,6 @@ def courses_of(runner: Runner, case: Settled) -> dict[int, driving.Course]:
     return driving.run(runner, driving.make_scheduler(runner), {0: first, 1: second, 2: first[: len(first) // 2]}, NUM_STEPS)
 
 
-def obstacle_of(variant: str) -> str:
-    """What keeps a variant's decode steps in Python."""
-    scaling = VARIANTS[variant][1].get("rope_parameters", {}).get("rope_type")
-    return {"dynamic": "torch's aten.clamp.default", "longrope": "torch's aten.gt.Scalar"}.get(scaling, "")
-
-
 @pytest.mark.parametrize(("variant", "dtype"), [(name, ("fp32", "bf16")[i % 2]) for i, name in enumerate(VARIANTS)])
 def test_recorded_steps_give_the_plain_forwards_bits(settled: Callable[[str], Settled], variant: str, dtype: str) -> None:
     case = settled(variant)
@@ -37,8 +31,8 @@ def test_recorded_steps_give_the_plain_forwards_bits(settled: Callable[[str], Se
     courses = courses_of(runner, case)
 
     assert runner.decodes is not None
-    assert runner.decodes.obstacle == obstacle_of(variant)
-    assert runner.decodes.obstacle or runner.decodes.num_replayed >= NUM_STEPS - 2
+    assert runner.decodes.obstacle == ""
+    assert runner.decodes.num_replayed >= NUM_STEPS - 2
     assert all(torch.equal(courses[number].rows, plain[number].rows) for number in plain)
 
 
