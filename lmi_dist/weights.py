@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +99,20 @@ def _cut(view: Any, dims: int, rows: slice, columns: slice) -> torch.Tensor:
     return part
 
 
+@dataclass(eq=False)
 class Weights:
-    """What a model is built from: this rank's slices of a checkpoint's tensors, in the dtype of the model."""
+    """What a model is built from: this rank's slices of a checkpoint's tensors, in the dtype of the model. format: a row of quant's
+    table. device: where everything comes to lie. advance: is told of the bytes read."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        link: Link,
-        kind: str = "unquantized",
-        *,
-        device: torch.device | None = None,
-        advance: Callable[[int], None] = lambda num_bytes: None,
-    ) -> None:
-        self.checkpoint, self.dtype, self.link = checkpoint, dtype, link
-        self.format = kind  # a row of quant's table
-        self.device = device or torch.device("cpu")  # where everything comes to lie
-        self._advance = advance
-        self._buffer = torch.empty(0, dtype=dtype, device="cpu")
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    link: Link
+    format: str = "unquantized"
+    device: torch.device = field(default=torch.device("cpu"), kw_only=True)
+    advance: Callable[[int], None] = field(default=lambda num_bytes: None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=self.dtype, device="cpu")
 
     @property
     def ranks(self) -> Ranks:
@@ -153,7 +149,7 @@ class Weights:
             part = slice(first, min(first + step, mine.stop))
             read = self.checkpoint.read(name, columns, part).T if transposed else self.checkpoint.read(name, part, columns)
             yield first - mine.start, self._placed(read)
-            self._advance(info.size_bytes * (part.stop - part.start) // shape[0])
+            self.advance(info.size_bytes * (part.stop - part.start) // shape[0])
 
     def number(self, name: str) -> float | None:
         """The value of a tensor of one element; None if there is no such tensor. Raises CheckpointError."""
@@ -207,24 +203,15 @@ class Renamed(Weights):
         return self._whole.number(self._rename(name))
 
 
+@dataclass(eq=False)
 class Inventory(Weights):
     """Weights that read nothing but single numbers. A model built from it, and thrown away, tells all that the checkpoint lacks
-    before its weights are loaded: see `verify`."""
+    before its weights are loaded: see `verify`. num_bytes: that building the model reads; a tied embedding is read twice."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        link: Link,
-        kind: str = "unquantized",
-        *,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(checkpoint, dtype, link, kind, device=device)
-        self.num_bytes = 0  # that building the model reads; a tied embedding is read twice
-        self._asked: set[str] = set()
-        self._missing: dict[str, None] = {}  # each once, in the order in which they were asked for
-        self._wrong: dict[str, None] = {}
+    num_bytes: int = field(default=0, init=False)
+    _asked: set[str] = field(default_factory=set, init=False)
+    _missing: dict[str, None] = field(default_factory=dict, init=False)  # each once, in the order in which they were asked for
+    _wrong: dict[str, None] = field(default_factory=dict, init=False)
 
     def pieces(
         self,
