@@ -344,13 +344,12 @@ def _broken(plan: Plan) -> StepError:
 
 
 def _scheduler(config: EngineConfig, num_blocks: int, window: int) -> Scheduler:
-    assert config.prefill_chunk_tokens is not None, "explain has chosen it"
     return Scheduler(
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_batch_size=config.max_batch_size,
         max_prefill_tokens=config.max_prefill_tokens,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        prefill_chunk_tokens=config.prefill_chunk_tokens or config.max_prefill_tokens,  # without chunks there is no size of them
         prefix_caching=config.enable_prefix_caching,
         chunked_prefill=config.enable_chunked_prefill,
         window=window,

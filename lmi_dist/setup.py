@@ -78,13 +78,16 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
     gpu = GpuMemory(device.total_bytes(), available_bytes) if device.type == "cuda" else None
     memory = plan_memory(config, model, Checkpoint(folder), available_bytes, gpu=gpu)
     pool_bytes = memory.pool_bytes if gpu is None else config.kv_cache_memory_bytes  # of a GPU's, what is left is measured
+    chunk = config.prefill_chunk_tokens
+    if chunk is None and config.enable_chunked_prefill:
+        chunk = PREFILL_CHUNK_TOKENS[device.type]
     choices = {
         "dtype": memory.dtype,
         "device": device.type,
         "kernels": ops.chosen().name,
         "cpu_threads": threads,
         "max_model_len": memory.max_model_len,
-        "prefill_chunk_tokens": config.prefill_chunk_tokens or PREFILL_CHUNK_TOKENS[device.type],
+        "prefill_chunk_tokens": chunk,
         "kv_cache_memory_bytes": pool_bytes,
     }
     chosen = config.model_copy(update=choices)

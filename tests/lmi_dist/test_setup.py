@@ -51,6 +51,13 @@ def test_made_choices_lead_to_the_same_plan(folder):
     assert again.memory.num_blocks == told.memory.num_blocks
 
 
+@pytest.mark.parametrize("values", [{}, {"enable_chunked_prefill": False}])
+def test_made_choices_can_be_told_to_other_ranks(folder, values):
+    told = explain(EngineConfig(model=str(folder), **values)).config
+
+    assert EngineConfig.of(told.model_dump(mode="json")) == told
+
+
 def test_plan_follows_the_free_memory(folder):
     config = EngineConfig(model=str(folder), dtype="fp32", max_batch_size=64)
 
