@@ -62,6 +62,11 @@ class EngineConfig(BaseModel):
     prefill_chunk_tokens: int | None = Field(
         default=None, ge=1, description="prompt tokens in a step in which others decode; unset: 512 on CPU, 2048 on CUDA"
     )
+    max_decode_slowdown: float | None = Field(
+        default=None,
+        description="times as long as alone that a step of decoding sequences may take beside prompts; 0: any; "
+        "unset: 3 on CPU, 0 on CUDA",
+    )
     enable_chunked_prefill: bool = Field(default=True, description="cut long prompts over several steps")
     enable_prefix_caching: bool = Field(default=True, description="reuse blocks of prompts that begin alike")
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1, description="size of the KV pool on each rank; unset: computed")
@@ -100,6 +105,13 @@ class EngineConfig(BaseModel):
         if any(kind != "image" and number != "0" for kind, _, number in pairs):
             raise ValueError("only images can be limited, as image=4; a model reads no other media")
         return next((number for kind, _, number in pairs if kind == "image"), 0)
+
+    @field_validator("max_decode_slowdown")
+    @classmethod
+    def _slowdown(cls, value: float | None) -> float | None:
+        if value is None or value == 0.0 or 1.0 < value < math.inf:
+            return value
+        raise ValueError("must be above 1, or 0 for no limit")
 
     @model_validator(mode="after")
     def _built(self) -> "EngineConfig":

@@ -23,6 +23,7 @@ from lmi_dist.flight import Flight
 from lmi_dist.images import ImageReader, VisionConfig
 from lmi_dist.link import Link
 from lmi_dist.meeting import connect
+from lmi_dist.pace import Pace
 from lmi_dist.parallel import Ranks
 from lmi_dist.plan import Plan
 from lmi_dist.request import FinishReason, Output, Request
@@ -78,8 +79,10 @@ class Engine:
                 self._fit(setup)
         self._overlaps = setup.device.type == "cuda" and self._link.ranks.size == 1 if overlap is None else overlap
         self._flight: Flight | None = None  # the step that the device runs between two calls
+        self._waited_at = 0.0  # when the last step's tokens were there
         self._sampler = Sampler()
         self._scheduler = _scheduler(self.config, self.memory.num_blocks, self._runner.window)
+        self._pace = _pace(self.config, self._scheduler)
         self._jobs: dict[str, Job] = {}
         self._candidates: dict[int, Candidate] = {}  # by sequence
         self._num_sequences = self._num_prompt_tokens = self._num_generated_tokens = 0
@@ -158,6 +161,7 @@ class Engine:
             choices, broken = flight.wait()
         except Exception as error:
             return self._fail(flight, ahead, error)
+        self._note_pace(flight)
         outputs = [output for job in broken for output in self._end(job, "error", _broken(flight.plan))]
         self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if outputs and not choices else 0
         finished = self._scheduler.commit(flight.plan, {candidate.sequence_id: (choice.id,) for candidate, choice in choices})
@@ -271,6 +275,17 @@ class Engine:
                 self._num_begun += 1
                 self._waiting_seconds += now - job.added_at
 
+    def _note_pace(self, flight: Flight) -> None:
+        """The device begins a step when it is launched, or when it is done with the one before."""
+        begun_at, self._waited_at = max(flight.launched_at, self._waited_at), time.perf_counter()
+        plan = flight.plan
+        if not plan.encodes:  # whose tokens are of another kind
+            num_decoding = len(plan.decodes)
+            self._pace.record(num_decoding, plan.num_tokens - num_decoding, self._waited_at - begun_at)
+
+    def _set_pace(self) -> None:
+        self._scheduler.prefill_chunk_tokens = self._pace.budget(self._scheduler.num_decoding)
+
     def _abort(self, job: Job) -> list[Output]:
         self._num_aborted += 1
         return self._end(job, "abort")
@@ -279,6 +294,7 @@ class Engine:
         """A step with nothing in flight before it, but for one that nobody wants any more; None without work."""
         if unwanted is not None:
             self._scheduler.drop(unwanted.plan)
+        self._set_pace()
         plan = self._scheduler.plan()
         if plan.is_empty:
             return None
@@ -290,12 +306,13 @@ class Engine:
         """The forward behind the one in flight, without its draws: those look at what the tokens before them have been."""
         if not self._overlaps or flight.error is not None:
             return None
+        self._set_pace()
         plan = self._scheduler.plan_ahead()
         return None if plan.is_empty else self._launch(plan, flight.chosen, now)
 
     def _launch(self, plan: Plan, chosen: Chosen | None, now: float) -> Flight:
         self._note_begun(plan, now)
-        flight = Flight(plan)
+        flight = Flight(plan, now)
         flight.launch(lambda: self._forward(plan, chosen))
         return flight
 
@@ -341,6 +358,11 @@ class Engine:
 
 def _broken(plan: Plan) -> StepError:
     return StepError(f"step {plan.step} failed for this request: the model's logits are not numbers")
+
+
+def _pace(config: EngineConfig, scheduler: Scheduler) -> Pace:
+    assert config.max_decode_slowdown is not None, "explain has chosen it"
+    return Pace(config.max_decode_slowdown, scheduler.prefill_chunk_tokens)
 
 
 def _scheduler(config: EngineConfig, num_blocks: int, window: int) -> Scheduler:

@@ -17,8 +17,9 @@ from lmi_dist.scheduler import wants_token
 class Flight:
     """One step. `launch` and `draw` give the device work, in this order and each once; `wait` waits for it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, launched_at: float) -> None:
         self.plan = plan
+        self.launched_at = launched_at
         self.error: Exception | None = None
         self._logits: Tensor | None = None
         self._candidates: list[Candidate] = []  # of the drawn rows

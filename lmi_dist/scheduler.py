@@ -49,7 +49,8 @@ def _arrival(sequence: Sequence) -> int:
 
 class Scheduler:
     """First come, first served, in mixed batches: a step runs the next token of all that decode, then prompt tokens up to a budget,
-    `prefill_chunk_tokens` if anything decodes and else `max_prefill_tokens` (each at least 1; the latter bounds the former).
+    `prefill_chunk_tokens` if anything decodes and else `max_prefill_tokens` (each at least 1; the latter bounds the former). The
+    former may be set anew before each plan.
 
     A sequence is admitted when there are blocks for all tokens that it has, and one to spare for each that runs already. When the
     running ones need more blocks than there are, the youngest is preempted: it loses its place but no token, waits in front of all
@@ -81,7 +82,7 @@ class Scheduler:
     ) -> None:
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
-        self.prefill_chunk_tokens = min(prefill_chunk_tokens, max_prefill_tokens)
+        self.prefill_chunk_tokens = prefill_chunk_tokens
         self.prefix_caching = prefix_caching
         self.chunked_prefill = chunked_prefill
         self.max_prompt_rows = max_prompt_rows
@@ -105,6 +106,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences whose next token is in the next plan, if none is preempted."""
+        return sum([s.num_scheduled >= s.prefill_end and not _ends_in_flight(s) for s in self._running])
 
     @property
     def num_waiting(self) -> int:
@@ -183,7 +189,8 @@ class Scheduler:
     def _plan(self) -> Plan:
         step = _Step(prompt_rows=self.max_prompt_rows)
         unfinished_prefills = self._schedule_running(step)
-        step.budget = step.encoder_budget = self.prefill_chunk_tokens if step.decoding else self.max_prefill_tokens
+        most = self.max_prefill_tokens
+        step.budget = step.encoder_budget = min(self.prefill_chunk_tokens, most) if step.decoding else most
         self._schedule_prefills(step, unfinished_prefills)
         if not step.has_preempted:  # or the victim would take back at once what it was robbed of
             self._admit(step)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
+# On GPUs any prompt token makes a step three times as long, for it runs from Python then: small chunks would only multiply that.
+MAX_DECODE_SLOWDOWN = {"cpu": 3.0, "cuda": 0.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
     gpu = GpuMemory(device.total_bytes(), available_bytes) if device.type == "cuda" else None
     memory = plan_memory(config, model, Checkpoint(folder), available_bytes, gpu=gpu)
     pool_bytes = memory.pool_bytes if gpu is None else config.kv_cache_memory_bytes  # of a GPU's, what is left is measured
-    chunk = config.prefill_chunk_tokens
+    chunk, slowdown = config.prefill_chunk_tokens, config.max_decode_slowdown
     if chunk is None and config.enable_chunked_prefill:
         chunk = PREFILL_CHUNK_TOKENS[device.type]
     choices = {
@@ -88,6 +90,7 @@ def explain(config: EngineConfig, *, available_bytes: int | None = None, rank: i
         "cpu_threads": threads,
         "max_model_len": memory.max_model_len,
         "prefill_chunk_tokens": chunk,
+        "max_decode_slowdown": MAX_DECODE_SLOWDOWN[device.type] if slowdown is None else slowdown,
         "kv_cache_memory_bytes": pool_bytes,
     }
     chosen = config.model_copy(update=choices)

@@ -19,7 +19,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 
 # Low to high; an item may import items of lower rows only. A folder is one item: inside it, files import each other.
 ENGINE_LEVELS = (
-    ("collector", "errors", "plan"),
+    ("collector", "errors", "pace", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
     ("device", "link", "plan_stream", "staging"),
     ("device_group",),
@@ -80,7 +80,7 @@ FORBIDDEN = {
     "models": {"ops", "quant", "request", "scheduler", "sequence"},
     "layers": {"request", "scheduler", "sequence", "blocks"},
 }
-WITHOUT_TORCH = ("errors", "config", "request", "plan", "blocks", "sequence", "scheduler")
+WITHOUT_TORCH = ("errors", "config", "request", "plan", "blocks", "sequence", "scheduler", "pace")
 HOST_PROCESS = ("properties", "wire", "group", "host", "front", "http", "server", "cli", "demo")
 # worker.py: the rank is part of its socket's name, which it must tell before torch is loaded
 READ_ENVIRONMENT = {f"handlers/lmi_dist_handler/{name}.py" for name in ("properties", "worker")} | {"lmi_dist/parallel.py"}

@@ -29,6 +29,7 @@ ENGINE_WORDS: dict[str, tuple[str, Any]] = {
     "option.max_rolling_batch_size": ("32", 32),
     "option.max_rolling_batch_prefill_tokens": ("1088", 1088),
     "option.prefill_chunk_tokens": ("64", 64),
+    "option.max_decode_slowdown": ("2.5", 2.5),
     "option.enable_chunked_prefill": ("false", False),
     "option.enable_prefix_caching": ("False", False),
     "option.kv_cache_memory_bytes": ("1048576", 1 << 20),

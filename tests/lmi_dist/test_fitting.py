@@ -145,7 +145,7 @@ def test_explain_estimates_without_loading(folder: Path, gpu: FakeCuda, monkeypa
 
     assert any(line.startswith("weights ") and line.endswith(", estimated") for line in told.lines)
     assert "available memory 72.000 GB of a GPU's 80.000 GB, 79.000 GB free, gpu_memory_utilization=0.9" in told.lines
-    assert told.config.prefill_chunk_tokens == 2048
+    assert (told.config.prefill_chunk_tokens, told.config.max_decode_slowdown) == (2048, 0.0)
 
 
 # ---- the largest step ----

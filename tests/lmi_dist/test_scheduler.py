@@ -98,6 +98,34 @@ def test_max_prefill_bounds_the_chunk() -> None:
     assert cuts(step(w).chunks) == [(2, 0, 4)]
 
 
+def test_chunk_may_be_set_before_each_plan() -> None:
+    w = watched()
+    add(w, 1, [1])
+    step(w)
+    add(w, 2, list(range(10)))
+
+    w.set_chunk(3)
+    first = w.plan()
+    w.set_chunk(5)
+    second = w.plan_ahead()
+
+    assert [cuts(plan.chunks) for plan in (first, second)] == [[(2, 0, 3)], [(2, 3, 5)]]
+
+
+def test_decoding_ones_are_counted_before_they_are_planned() -> None:
+    """Neither who still has a prompt to run nor whose last token is on its way."""
+    w = watched(prefill_chunk_tokens=2)
+    add(w, 1, [1], max_tokens=9)
+    add(w, 2, [2], max_tokens=2)
+    step(w)
+    add(w, 3, [3, 4, 5])
+
+    before = w.scheduler.num_decoding
+    w.plan()
+
+    assert (before, w.scheduler.num_decoding) == (2, 1)
+
+
 def test_budget_goes_first_come_first() -> None:
     w = watched(max_prefill_tokens=10)
     for id in (1, 2, 3):
@@ -1022,7 +1050,7 @@ CHOICES = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Random adds, plans, commits, drops and finishes; WatchedScheduler checks each. At the end all that is left must end."""
+    """Random adds, chunk sizes, plans, commits, drops and finishes; WatchedScheduler checks each. At the end all must end."""
 
     w: WatchedScheduler
 
@@ -1073,6 +1101,10 @@ class AnyOrder(RuleBasedStateMachine):
             id = min(set(range(len(self.w.live) + 1)) - set(self.w.live))  # ids are used again as soon as possible
             add(self.w, id, prompt, max_tokens, leader=leader, encoder_ids=encoder_ids, images=placed, **fields)
             leader = id if leader is None else leader
+
+    @rule(num_tokens=st.integers(1, 12))
+    def set_chunk(self, num_tokens: int) -> None:
+        self.w.set_chunk(num_tokens)
 
     @precondition(lambda self: self.w.live and self.w.flight is None)
     @rule()

@@ -37,7 +37,7 @@ def test_every_choice_is_made(folder):
     assert told.config.dtype in ("fp32", "bf16")
     assert told.config.kernels in ("cpu", "torch")
     assert told.config.device == "cpu"
-    assert (told.config.max_model_len, told.config.prefill_chunk_tokens) == (256, 512)
+    assert (told.config.max_model_len, told.config.prefill_chunk_tokens, told.config.max_decode_slowdown) == (256, 512, 3.0)
     assert told.config.cpu_threads == usable_cpus()
     assert told.config.kv_cache_memory_bytes == told.memory.num_blocks * told.memory.block_bytes
 
@@ -51,7 +51,7 @@ def test_made_choices_lead_to_the_same_plan(folder):
     assert again.memory.num_blocks == told.memory.num_blocks
 
 
-@pytest.mark.parametrize("values", [{}, {"enable_chunked_prefill": False}])
+@pytest.mark.parametrize("values", [{}, {"enable_chunked_prefill": False}, {"max_decode_slowdown": 0}])
 def test_made_choices_can_be_told_to_other_ranks(folder, values):
     told = explain(EngineConfig(model=str(folder), **values)).config
 

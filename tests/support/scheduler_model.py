@@ -63,6 +63,7 @@ class WatchedScheduler:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
+        self.prefill_chunk_tokens = settings["prefill_chunk_tokens"]
         self.scheduler = Scheduler(**settings)
         self.memory = KeyMemory(settings["block_size"])
         self.log: list[tuple[str, Any]] = []
@@ -106,6 +107,11 @@ class WatchedScheduler:
             self._ended(sequence_id)
             self._disturb()
 
+    def set_chunk(self, num_tokens: int) -> None:
+        self.log.append(("set_chunk", num_tokens))
+        self.scheduler.prefill_chunk_tokens = self.prefill_chunk_tokens = num_tokens
+        self._disturb()
+
     def plan(self) -> Plan:
         return self._plan(is_ahead=False)
 
@@ -115,13 +121,14 @@ class WatchedScheduler:
     def _plan(self, *, is_ahead: bool) -> Plan:
         self.log.append(("plan_ahead" if is_ahead else "plan", None))
         before = {id: _standing(sequence) for id, sequence in self.live.items()}
-        counts = self._counts()
+        counts, num_decoding = self._counts(), self.scheduler.num_decoding
         plan = self.scheduler.plan_ahead() if is_ahead else self.scheduler.plan()
         self.plans.append(plan)
         if not plan.is_empty:
             rows = [(self.live[chunk.sequence], chunk) for chunk in plan.rows]
             self.flights.append(Flight(plan, rows, before, counts, is_ahead))
             self._check_plan(self.flights[-1])
+            assert len(plan.decodes) == num_decoding or self.scheduler.preemptions > counts[0]
         elif is_ahead:
             self._check_standstill(before)
         else:
@@ -238,7 +245,7 @@ class WatchedScheduler:
         assert {chunk.sequence for chunk in plan.decodes} == self._that_decode(flight.before)
         assert all(len(chunk.token_ids) == chunk.num_outputs == 1 for chunk in plan.decodes)
         budget = self.settings["max_prefill_tokens"]
-        budget = min(budget, self.settings["prefill_chunk_tokens"]) if plan.decodes else budget
+        budget = min(budget, self.prefill_chunk_tokens) if plan.decodes else budget
         sizes = [len(chunk.token_ids) for chunk in plan.chunks]
         assert 0 not in sizes
         assert sum(sizes) <= budget or (not self.settings["chunked_prefill"] and len(sizes) == 1)
