@@ -38,6 +38,29 @@ def test_collector_comes_back_after_a_failure():
     assert gc.isenabled()
 
 
+@pytest.mark.usefixtures("_collector_as_before")
+def test_what_is_made_is_old_at_once():
+    gc.enable()
+
+    with uncollected():
+        made = [[number] for number in range(1000)]
+
+    assert {id(each) for each in made} <= {id(each) for each in gc.get_objects(generation=2)}
+
+
+@pytest.mark.usefixtures("_collector_as_before")
+def test_what_is_frozen_stays_so():
+    gc.enable()
+    gc.freeze()
+
+    with uncollected():
+        pass
+    num_frozen = gc.get_freeze_count()
+    gc.unfreeze()
+
+    assert num_frozen > 0
+
+
 def test_start_is_hardly_looked_through_for_garbage(tmp_path):
     """With the collector at work it was 590 times, a fifth of the imports' CPU time."""
     folder = tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path)
