@@ -1,7 +1,7 @@
 """The worker's end of the socket: what a host starts with DJL's arguments, in async mode (djl-contract 1.6, 1.7, 1.11, 2.7).
 
-One thread receives, one sends, one asyncio loop calls the entry point. The receiving thread ends the process at EOF, whatever the
-others are doing. Knows nothing of models: any module with an async `handle(inputs)` can be the entry point.
+One thread receives, an asyncio loop calls the entry point and sends. The receiving thread ends the process at EOF, whatever the
+loop is doing. Knows nothing of models: any module with an async `handle(inputs)` can be the entry point.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 TRACKING_ID = "request_tracking_id"
 ACCEPT_TIMEOUT_S = 30.0
 DEFAULT_ENTRY_POINT = "lmi_dist_handler"
+PORTION_BYTES = 8192  # of a step's replies: the host is at work on them while the others are being written
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -140,14 +140,15 @@ class Connection:
         self._codec = codec
         self._extra = extra  # properties that the worker inserts into every request
         self._on_end = on_end
-        self._replies: queue.SimpleQueue[list[tuple[bytes, Output]]] = queue.SimpleQueue()
-        self._collected: list[tuple[bytes, Output]] = []  # by the loop's thread, until its round ends
+        self._unsent = bytearray()
+        self._replies: list[Output] = []  # whose bytes are among these
+        self._is_flushing = False  # `_flush` is going to be called
+        self._is_stuck = False  # by the loop, once the host takes more
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> NoReturn:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._receive, args=(loop,), name="receive", daemon=True).start()
-        threading.Thread(target=self._send, name="send", daemon=True).start()
         await loop.create_future()  # forever: the receiving thread decides when it is over
         raise AssertionError("nobody resolves this future")
 
@@ -163,16 +164,6 @@ class Connection:
             logger.exception("the host sent bytes that are no request")
         finally:
             self._on_end()
-
-    def _send(self) -> None:
-        try:
-            while True:
-                replies = self._replies.get()
-                self._connection.sendall(b"".join(data for data, _ in replies))
-                for _, reply in replies:
-                    reply.finish()
-        except OSError as error:
-            logger.info("the host reads no more: %s", error)  # the receiving thread sees the same end
 
     def _dispatch(self, request: Input) -> None:
         request.properties.update(self._extra)
@@ -202,14 +193,36 @@ class Connection:
     def _reply(self, reply: Output, tracking_id: str | None) -> None:
         if tracking_id is not None:
             reply.add_property(TRACKING_ID, tracking_id)
-        if not self._collected:
-            asyncio.get_running_loop().call_soon(self._hand_over)
-        self._collected.append((b"".join(self._codec.encode_response(reply)), reply))
+        self._unsent += b"".join(self._codec.encode_response(reply))
+        self._replies.append(reply)
+        if not self._is_flushing:
+            self._is_flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        elif not self._is_stuck and len(self._unsent) >= PORTION_BYTES:
+            self._send()
 
-    def _hand_over(self) -> None:
-        """All that a round of the loop gave, such as a step's tokens, to the sending thread: woken once, it writes once."""
-        self._replies.put(self._collected)
-        self._collected = []
+    def _flush(self) -> None:
+        """Send what a round of the loop gave, such as a step's tokens; what the host does not take yet, once it does."""
+        loop = asyncio.get_running_loop()
+        self._send()
+        if self._unsent and not self._is_stuck:
+            loop.add_writer(self._connection, self._flush)
+        elif self._is_stuck and not self._unsent:
+            loop.remove_writer(self._connection)
+        self._is_stuck = self._is_flushing = bool(self._unsent)
+
+    def _send(self) -> None:
+        try:
+            del self._unsent[: self._connection.send(self._unsent, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            logger.info("the host reads no more: %s", error)  # the receiving thread sees the same end
+            self._unsent.clear()
+        if not self._unsent:
+            replies, self._replies = self._replies, []
+            for reply in replies:
+                reply.finish()
 
 
 def run(arguments: argparse.Namespace) -> NoReturn:

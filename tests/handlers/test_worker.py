@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ async def pieces(inputs):
 
 def where(inputs):
     return Output().add({"cwd": os.getcwd(), **inputs.get_properties()})
+
+async def pour(inputs):
+    async def some():
+        for number in range(100):
+            yield Output().add(b"%d " % number * 50000)
+    return some()
 
 async def fail(inputs):
     raise RuntimeError("no paper")
@@ -124,6 +131,18 @@ def test_replies_of_requests_interleave(client: Client) -> None:
         texts[reply.get_property("request_tracking_id")] += reply.content.value_at(0).decode()
     assert texts == {"one": "abcd", "two": "wxyz"}
     assert [reply.get_property("request_tracking_id") for reply in replies] != ["one"] * 4 + ["two"] * 4
+
+
+def test_host_that_reads_late_loses_nothing(client: Client) -> None:
+    client.send("pour", "t")
+    client.send("where", "u")
+    time.sleep(0.3)  # as much as the socket holds has come
+
+    replies = [client.reply() for _ in range(101)]
+
+    poured = [reply.content.value_at(0) for reply in replies if reply.get_property("request_tracking_id") == "t"]
+    assert poured == [b"%d " % number * 50000 for number in range(100)]
+    assert client.ask("where").code == 200
 
 
 def test_worker_inserts_its_properties(client: Client, folder: Path) -> None:
