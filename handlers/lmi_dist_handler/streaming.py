@@ -25,7 +25,7 @@ from lmi_dist_handler.timings import FIRST_TOKEN_BOUNDS_S, Gaps, Histogram
 from lmi_dist_handler.wire import Codec, Input, Output
 
 if TYPE_CHECKING:
-    from lmi_dist import Engine, Request
+    from lmi_dist import Engine, EngineStats, Request
     from lmi_dist import Output as EngineOutput
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}  # by request id; touched only by the engine's thread
         self._busy_since: float | None = None
-        self._counters: dict[str, Any] = {}
+        self._counters: EngineStats | None = None  # once there is an engine
         self._failure: Exception | None = None
         self._gaps = Gaps()
 
@@ -81,9 +81,10 @@ class EngineThread:
         """The engine's counters as of its last step, and for how long it has been busy with the current one."""
         if self._failure is not None:
             raise StepError(f"the engine has ended: {self._failure}")
+        assert self._counters is not None, "asked before the engine was built"
         since = self._busy_since
         busy_s = 0.0 if since is None else time.monotonic() - since
-        return {**self._counters, "busy_s": busy_s, "token_gap_s": self._gaps.histogram.as_dict()}
+        return {**asdict(self._counters), "busy_s": busy_s, "token_gap_s": self._gaps.histogram.as_dict()}
 
     def _run(self, built: "asyncio.Future[Engine]") -> None:
         try:
@@ -91,13 +92,13 @@ class EngineThread:
         except Exception as error:  # handed to whoever waits for `start`
             self._loop.call_soon_threadsafe(built.set_exception, error)
             return
-        self._counters = asdict(engine.stats())
+        self._counters = engine.stats()
         self._loop.call_soon_threadsafe(built.set_result, engine)
         try:
             while True:
                 self._take(engine)
                 self._step(engine)
-                self._counters = asdict(engine.stats())
+                self._counters = engine.stats()
                 self._busy_since = None
         except Exception as error:  # the engine could not go on: nobody may be left waiting
             logger.exception("the engine has ended")
@@ -132,7 +133,7 @@ class EngineThread:
             self._sinks.clear()
             return
         self._gaps.note(outputs, time.monotonic())
-        self._counters = asdict(engine.stats())  # before anybody can have seen the step's outputs
+        self._counters = engine.stats()  # before anybody can have seen the step's outputs
         self._deliver([(self._sinks[output.request_id], output) for output in outputs if output.request_id in self._sinks])
 
     def _add(self, engine: "Engine", request: "Request", sink: Sink) -> None:
