@@ -14,7 +14,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from lmi_dist_handler.front import LONG_HEADERS, HttpError, logger, refusal
+from lmi_dist_handler.front import LONG_HEADERS, WRITE, HttpError, logger, refusal
 from lmi_dist_handler.metrics import Metrics
 
 
@@ -63,7 +63,19 @@ class Connection(H11Protocol):
         code = getattr(error, "error_status_hint", 400)
         self._refuse(code, LONG_HEADERS if code == 431 else f"the request is not valid HTTP/1.1: {error or msg}")
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.scope is not None and self.scope["http_version"] == "1.1":  # before it an answer has no chunks
+            self.scope.setdefault("extensions", {})[WRITE] = self._write  # type: ignore[assignment]  # uvicorn has none
+
     # ---- its parts ----
+
+    def _write(self, piece: bytes) -> bool:
+        """Send a piece of a body that comes in chunks. Not while too many wait for the client, which is `send`'s to await."""
+        is_taken = bool(piece) and not self.flow.write_paused and not self.cycle.disconnected
+        if is_taken:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return is_taken
 
     def _mind_headers(self) -> None:
         """Headers have a time limit from the first byte of the connection, or of a later request, to their end."""

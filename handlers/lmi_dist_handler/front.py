@@ -38,6 +38,11 @@ LONG_HEADERS = f"the request line and headers must be at most {MAX_HEADER_BYTES}
 SAFE_ID = re.compile(r"[\w.:/+=@-]{1,128}")
 
 
+# ASGI extension: a function that sends a piece of a body that has begun and has no length, or returns False. So does `send`, by way
+# of all that is around an application, which for a token costs as much as writing it.
+WRITE = "lmi_dist.write"
+
+
 class HttpError(LmiError):
     """The request cannot be handed to a model, or a worker said no without a text for this dialect."""
 
@@ -61,6 +66,11 @@ def refusal(scope: Scope, error: Exception) -> Response:
 def json_response(value: Any, code: int = 200) -> Response:
     """JSON as DJL's host writes it."""
     return Response(json.dumps(value, indent=2, ensure_ascii=False) + "\n", code, media_type="application/json")
+
+
+def refuse(piece: bytes) -> bool:
+    """What a server without the extension writes."""
+    return False
 
 
 class Front:
@@ -108,6 +118,8 @@ class _Exchange:
         started = time.perf_counter()
         try:
             self._receive = receive
+            self._write = self._scope.setdefault("extensions", {}).get(WRITE, refuse)
+            self._scope["extensions"][WRITE] = self.write
             await app(self._scope, self.receive, self.send)
         finally:
             seconds = time.perf_counter() - started
@@ -127,6 +139,11 @@ class _Exchange:
         message = await self._receive()
         self._has_body = bool(message.get("more_body", False))
         return message
+
+    def write(self, piece: bytes) -> bool:
+        is_taken: bool = self._write(piece)
+        self._num_bytes += len(piece) if is_taken else 0
+        return is_taken
 
     async def _hear_out(self) -> None:
         """Read and forget what the client is still sending, for a while."""

@@ -35,7 +35,8 @@ class Runtime:
         model = Headers(scope=scope).get("x-amzn-sagemaker-target-model")
         path = f"/models/{model}/invoke" if model else "/invocations"
         reply = _Reply(send, is_stream=found[2] != "invocations")
-        await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, reply.send)
+        inner = {**scope, "path": path, "raw_path": path.encode(), "extensions": {}}  # all has to come by `reply`
+        await self._app(inner, receive, reply.send)
 
 
 class _Reply:

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lmi_dist_handler.front import ClientGoneError
+from lmi_dist_handler.front import WRITE, ClientGoneError, refuse
 from lmi_dist_handler.group import Piece, Stream, WorkerLostError
 from lmi_dist_handler.metrics import Metrics
 
@@ -29,7 +30,10 @@ class Streamed(Response):
         self._mind_silence()
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await asyncio.create_task(self._send_pieces(send))  # else each piece would wake all that has been called up to here
+            write = scope.get("extensions", {}).get(WRITE, refuse)
+            await asyncio.create_task(
+                self._send_pieces(write, send)
+            )  # else each piece would wake all that has been called up to here
         except ClientGoneError:
             self._metrics.client_gone()
         finally:
@@ -37,15 +41,15 @@ class Streamed(Response):
             self._watcher.cancel()
             self._stream.close()
 
-    async def _send_pieces(self, send: Send) -> None:
+    async def _send_pieces(self, write: Callable[[bytes], bool], send: Send) -> None:
         piece = self._first
         while not piece.is_last:
-            await self._send(send, piece.text)
+            data = piece.text.encode()
+            if not write(data):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
             piece = await self._next()
-        await self._send(send, piece.text or self._failure(piece), is_last=True)
-
-    async def _send(self, send: Send, text: str, is_last: bool = False) -> None:
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": not is_last})
+        data = (piece.text or self._failure(piece)).encode()
+        await send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _next(self) -> Piece:
         """The next piece. A worker that is lost or silent gives an error: the status has been sent already."""

@@ -8,13 +8,30 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 import uvicorn
 from lmi_dist_handler.connection import connections
+from lmi_dist_handler.front import WRITE, refuse
 from lmi_dist_handler.metrics import Metrics
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 PIECE = b"x" * 65536
 LIMIT_S = 0.2
+
+
+class Pieces:
+    """Answers in pieces by the extension where there is one."""
+
+    def __init__(self) -> None:
+        self.taken: list[bool] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in (b"a", b"", b"b" * 20):
+            self.taken.append(scope.get("extensions", {}).get(WRITE, refuse)(piece))
+            if not self.taken[-1]:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"c", "more_body": False})
 
 
 class Endless:
@@ -40,7 +57,7 @@ class Endless:
             pass
 
 
-def serve(app: Endless, talk: Callable[[socket.socket, uvicorn.Server], Awaitable[None]]) -> None:
+def serve(app: Any, talk: Callable[[socket.socket, uvicorn.Server], Awaitable[None]], request: bytes = REQUEST) -> None:
     """The application on a socket, and a client with a small buffer that has sent one request."""
 
     async def main() -> None:
@@ -54,7 +71,7 @@ def serve(app: Endless, talk: Callable[[socket.socket, uvicorn.Server], Awaitabl
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.setblocking(False)
             await asyncio.get_running_loop().sock_connect(client, listener.getsockname())
-            await asyncio.get_running_loop().sock_sendall(client, REQUEST)
+            await asyncio.get_running_loop().sock_sendall(client, request)
             await asyncio.wait_for(talk(client, server), 20)
         server.should_exit = True
         await serving
@@ -65,6 +82,26 @@ def serve(app: Endless, talk: Callable[[socket.socket, uvicorn.Server], Awaitabl
 async def until(is_true: Callable[[], bool]) -> None:
     while not is_true():
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "taken", "body"),
+    [
+        (b"GET / HTTP/1.1", [True, False, True], b"1\r\na\r\n14\r\n" + b"b" * 20 + b"\r\n1\r\nc\r\n0\r\n\r\n"),
+        (b"GET / HTTP/1.0", [False, False, False], b"a" + b"b" * 20 + b"c"),  # it knows no chunks
+    ],
+)
+def test_pieces_are_chunks_where_there_are_any(request_line: bytes, taken: list[bool], body: bytes) -> None:
+    app, got = Pieces(), b""
+
+    async def talk(client: socket.socket, server: uvicorn.Server) -> None:
+        nonlocal got
+        while data := await asyncio.get_running_loop().sock_recv(client, 65536):
+            got += data
+
+    serve(app, talk, request_line + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    assert (app.taken, got.partition(b"\r\n\r\n")[2]) == (taken, body)
 
 
 def test_client_that_never_reads_is_cut_off() -> None:

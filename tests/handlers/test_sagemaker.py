@@ -46,6 +46,19 @@ def events(body: bytes) -> list[tuple[dict[str, str], bytes]]:
     return [(event.headers, event.payload) for event in buffer]
 
 
+@pytest.mark.parametrize(("path", "seen"), [("/endpoints/e1/invocations-response-stream", {}), ("/x", {"a": 1})])
+def test_container_has_no_way_around_the_events(path: str, seen: dict[str, int]) -> None:
+    """What it wrote by an extension would not be framed."""
+    scopes = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append(scope)
+
+    asyncio.run(Runtime(app)({"type": "http", "path": path, "headers": [], "extensions": {"a": 1}}, None, None))  # type: ignore[arg-type]
+
+    assert scopes[0]["extensions"] == seen
+
+
 @pytest.mark.parametrize(
     ("path", "headers", "seen"),
     [
