@@ -179,7 +179,8 @@ def gaps(driver: Driver, chance: random.Random, vocab: int) -> dict[str, Any]:
     while True:
         new, now = driver.step(), time.perf_counter()
         num_steps += 1
-        beside += [now - last[name] for name in new if name != long]
+        for name in new.keys() - {long}:
+            beside += [(now - last[name]) / new[name]] * new[name]
         last |= dict.fromkeys(new, now)
         if long in new:
             break
