@@ -1,10 +1,11 @@
 """Who needs the key, and whose words an error has."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
-from lmi_dist_handler.front import Front
+from lmi_dist_handler.front import WRITE, Front
 from lmi_dist_handler.metrics import Metrics
 from starlette.responses import PlainTextResponse
 
@@ -51,3 +52,28 @@ def test_refusal_is_in_the_routes_words(path: str, names: set[str]) -> None:
 )
 def test_request_has_the_clients_id(headers: dict[str, str], expected: str) -> None:
     assert call("GET", "/ping", **headers).headers["x-request-id"] == expected
+
+
+def test_log_counts_what_the_extension_wrote(caplog: pytest.LogCaptureFixture) -> None:
+    sent = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for piece in (b"abc", b"de"):
+            if not scope["extensions"][WRITE](piece):
+                await send({"type": "http.response.body", "body": piece})
+
+    async def send(message: Any) -> None:
+        sent.append(message["body"])
+
+    scope = {
+        "type": "http",
+        "path": "/ping",
+        "method": "GET",
+        "query_string": b"",
+        "headers": [],
+        "extensions": {WRITE: b"abc".__eq__},
+    }
+    with caplog.at_level("DEBUG"):
+        asyncio.run(Front(app, Metrics(), None)(scope, None, send))  # type: ignore[arg-type]
+
+    assert (sent, caplog.records[-1].fields["num_bytes"]) == ([b"de"], 5)  # type: ignore[attr-defined]
