@@ -153,7 +153,7 @@ def test_engine_that_cannot_go_on_says_so() -> None:
 
 
 def test_lost_gpu_ends_the_process_once_everybody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "LAST_WORDS_S", 0.05)
+    monkeypatch.setattr(streaming, "LAST_WORDS_S", 1.0)
     ends: list[int] = []
 
     async def main() -> None:
