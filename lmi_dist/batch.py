@@ -62,6 +62,7 @@ class ForwardBatch:
     tables: torch.Tensor  # [B,max_blocks] padded with -1
     output_rows: torch.Tensor  # [R] tokens whose logits are wanted
     cache: KVCache
+    output_starts: torch.Tensor | None = None  # [B+1] sequence b owns output rows so and so; None: all tokens are output rows
     rope_lengths: torch.Tensor | None = None  # [T] by which a rotary scaling goes that looks at lengths; None: position + 1
     embeddings: torch.Tensor | None = None  # [T,E] in place of ids, where inputs were merged
     images: tuple[tuple[int, torch.Tensor], ...] = ()  # first token, and the features [tokens,E] in place of it and those behind
@@ -70,6 +71,22 @@ class ForwardBatch:
     adapters: torch.Tensor | None = None  # [T] adapter's slot, -1: none; None: nobody has one
     rope: Rope | None = None  # filled in by the model's rotary embedding
     prompts: ops.Prompts | None = None  # what flash-attn does, if the operator wants it to
+
+    def outputs(self) -> "ForwardBatch":
+        """The step of the output rows alone; the keys of the others are in the cache. For layers: without ids."""
+        assert self.output_starts is not None, "there are others"
+
+        def chosen(of_tokens: torch.Tensor) -> torch.Tensor:
+            return of_tokens.index_select(0, self.output_rows)
+
+        return replace(
+            self,
+            slots=chosen(self.slots),
+            starts=self.output_starts,
+            adapters=None if self.adapters is None else chosen(self.adapters),
+            rope=None if self.rope is None else self.rope._replace(rows=chosen(self.rope.rows)),
+            prompts=None,
+        )
 
 
 def build(
@@ -107,6 +124,8 @@ def _build(chunks: Sequence[Chunk], cache: KVCache, chosen: Chosen | None = None
         "tables": tables,
         "output_rows": _output_rows(chunks, starts),
     }
+    if len(arrays["output_rows"]) < len(owners):
+        arrays["output_starts"] = np.cumsum([0, *(chunk.num_outputs for chunk in chunks)])
     if cross_lengths.any():
         arrays |= {"cross_lengths": cross_lengths, "cross_tables": _tables([chunk.cross_table for chunk in chunks])}
     adapters = _ints([chunk.adapter for chunk in chunks])

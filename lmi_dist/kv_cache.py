@@ -28,6 +28,7 @@ BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # the last one is a
 GIGA = 1e9
 DEFAULT_SHARE = 4  # the pool takes at most one part in four of the memory when nothing is asked for
 NO_CGROUP_LIMIT = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
+HUGE_PAGE, CACHE_LINE = 2 << 20, 64  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,20 +104,27 @@ class KVCache:
     def __init__(
         self, memory: MemoryPlan, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device | None = None
     ) -> None:
-        shape = (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
         self.device = device or torch.device("cpu")
-        self.layers = [LayerCache(*(self._zeros(shape, memory) for _ in "kv")) for _ in range(num_layers)]
+        make = _host_zeros if self.device.type == "cpu" else self._device_zeros
+        parts = make(2 * num_layers, (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), memory.cache_dtype)
+        self.layers = [LayerCache(k, v) for k, v in zip(parts[::2], parts[1::2], strict=True)]
 
     @property
     def size_bytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
-    def _zeros(self, shape: tuple[int, ...], memory: MemoryPlan) -> torch.Tensor:
-        """On a CPU by numpy, which takes zeros from the system as they are, in huge pages if it can; torch would write them all."""
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=memory.cache_dtype, device=self.device)
-        size_bytes = prod(shape) * memory.cache_dtype.itemsize
-        return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(memory.cache_dtype).view(shape)
+    def _device_zeros(self, num: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num)]
+
+
+def _host_zeros(num: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """By numpy, which takes zeros from the system as they are, in huge pages if it can; torch would write them all. Each tensor
+    begins at another place of a page: a step writes the same blocks in all of them, and would wait for a page of each at once."""
+    size = prod(shape) * dtype.itemsize
+    stride = -(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE // num // CACHE_LINE * CACHE_LINE
+    pool = torch.from_numpy(np.zeros(num * stride + CACHE_LINE, np.uint8))
+    firsts = range(-pool.data_ptr() % CACHE_LINE, len(pool) - stride + 1, stride)
+    return [pool[first : first + size].view(dtype).view(shape) for first in firsts]
 
 
 def plan_memory(

@@ -10,6 +10,7 @@ from lmi_dist import ops
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ModelConfig
 from lmi_dist.errors import CheckpointError
+from lmi_dist.layers.elementwise import clamped
 from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.qkv import Layout, load_qkv
 from lmi_dist.parallel import Heads
@@ -55,10 +56,10 @@ def _scale(weights: Weights, prefix: str, kind: str) -> float:
 
 
 class SelfAttention:
-    """out(attend(qkv(x))), x: [T,E]"""
+    """out(attend(qkv(x))), x: [T,E]. clip: of queries, keys and values (MPT's), 0: none."""
 
-    def __init__(self, qkv: Linear, attend: "PagedAttention", out: Linear) -> None:
-        self.qkv, self.attend, self.out = qkv, attend, out
+    def __init__(self, qkv: Linear, attend: "PagedAttention", out: Linear, clip: float = 0.0) -> None:
+        self.qkv, self.attend, self.out, self.clip = qkv, attend, out, clip
 
     @classmethod
     def load(
@@ -73,6 +74,7 @@ class SelfAttention:
         out_bias: bool | None = None,
         transposed: bool = False,
         alibi: torch.Tensor | None = None,
+        clip: float = 0.0,
         **options: Any,
     ) -> "SelfAttention":
         """`bias`: of all projections, or of qkv alone if `out_bias` is given; `transposed`: all of them are in the file; `alibi`:
@@ -98,10 +100,20 @@ class SelfAttention:
                 bias=bias if out_bias is None else out_bias,
                 transposed=transposed,
             ),
+            clip,
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return self.out(self.attend(self.qkv(x, batch), batch), batch, residual=residual)
+        return self.out(self.attend(self._project(x, batch), batch), batch, residual=residual)
+
+    def write_keys(self, x: torch.Tensor, batch: ForwardBatch) -> None:
+        """No more than the keys and values of x."""
+        self.attend.write(self._project(x, batch), batch)
+
+    def _project(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """Queries, keys and values: [T,(H+2K)D]"""
+        qkv = self.qkv(x, batch)
+        return clamped(qkv, self.clip) if self.clip else qkv
 
 
 class PagedAttention:
@@ -138,13 +150,8 @@ class PagedAttention:
 
     def __call__(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """qkv: [T,(H+2K)D], rotated in place; gives [T,HD]."""
-        heads = qkv.view(len(qkv), -1, self.head_dim)
-        q, k, v = heads[:, : self.first_key], heads[:, self.first_key : self.first_value], heads[:, self.first_value :]
-        if self.qk_norm is not None:
-            q, k = self.qk_norm[0](q), self.qk_norm[1](k)
+        q = self.write(qkv, batch)
         cache = batch.cache.layers[self.layer]
-        cos, sin, rows = batch.rope or (None, None, None)
-        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved, **self.scales)
         out = ops.attention(
             q, cache.k, cache.v, batch.starts, batch.key_lengths, batch.tables,
             scale=self.scale, window=self.window, soft_cap=self.soft_cap, alibi=self.alibi, causal=self.causal,
@@ -152,6 +159,17 @@ class PagedAttention:
             **self.scales,
         )  # fmt: skip
         return out.flatten(1)
+
+    def write(self, qkv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """Rotate in place and put the keys and values into the cache. qkv: [T,(H+2K)D]; gives q, [T,H,D]."""
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        q, k, v = heads[:, : self.first_key], heads[:, self.first_key : self.first_value], heads[:, self.first_value :]
+        if self.qk_norm is not None:
+            q, k = self.qk_norm[0](q), self.qk_norm[1](k)
+        cache = batch.cache.layers[self.layer]
+        cos, sin, rows = batch.rope or (None, None, None)
+        ops.rotary(q, k, v, cos, sin, rows, cache.k, cache.v, batch.slots, interleaved=self.interleaved, **self.scales)
+        return q
 
 
 class CrossAttention:

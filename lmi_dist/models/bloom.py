@@ -8,11 +8,11 @@ from lmi_dist.layers.attention import SelfAttention, alibi_slopes
 from lmi_dist.layers.mlp import MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import grouped
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
-class Layer:
+class Layer(DecoderLayer):
     """Attention, then feed-forward, each normalised before and added to what came in, or to that normalised."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:

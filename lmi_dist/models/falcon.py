@@ -10,7 +10,7 @@ from lmi_dist.layers.mlp import ACTIVATIONS, MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import grouped
 from lmi_dist.layers.rotary import rotary
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
@@ -35,7 +35,7 @@ def standard_keys(keys: ConfigKeys) -> dict[str, object]:
     }
 
 
-class Layer:
+class Layer(DecoderLayer):
     """One block after the other; or side by side, behind a norm each or behind the same one."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:

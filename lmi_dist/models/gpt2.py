@@ -9,11 +9,11 @@ from lmi_dist.layers.embedding import Positions
 from lmi_dist.layers.mlp import ACTIVATIONS, MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import Layout, joined
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
-class Layer:
+class Layer(DecoderLayer):
     """Attention, then feed-forward, each normalised before and added to what came in."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int, qkv: Layout, *, transposed: bool) -> None:

@@ -10,11 +10,11 @@ from lmi_dist.layers.mlp import ACTIVATIONS, MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import grouped
 from lmi_dist.layers.rotary import rotary
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
-class Layer:
+class Layer(DecoderLayer):
     """x + attn(norm(x)) + mlp(norm'(x)), or the two in a row."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:

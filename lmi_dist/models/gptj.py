@@ -10,7 +10,7 @@ from lmi_dist.layers.mlp import ACTIVATIONS, MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import separate
 from lmi_dist.layers.rotary import rotary
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
@@ -22,12 +22,12 @@ def standard_keys(keys: ConfigKeys) -> dict[str, object]:
     return {"partial_rotary_factor": rotary_dim / head_dim}
 
 
-class Layer:
+class Layer(DecoderLayer):
     """x + attn(norm(x)) + mlp(norm(x))"""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
         keys, prefix, hidden = config.keys, f"transformer.h.{layer}", config.hidden_size
-        self.norm = LayerNorm.load(weights, f"{prefix}.ln_1", hidden, keys.number("layer_norm_epsilon", default=1e-5))
+        self.attn_norm = LayerNorm.load(weights, f"{prefix}.ln_1", hidden, keys.number("layer_norm_epsilon", default=1e-5))
         qkv = separate(*(f"{prefix}.attn.{name}_proj" for name in "qkv"))
         self.attn = SelfAttention.load(weights, config, layer, qkv, f"{prefix}.attn.out_proj", interleaved=True)
         self.mlp = MLP.load(
@@ -40,7 +40,7 @@ class Layer:
         )
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        normed = self.norm(x)
+        normed = self.attn_norm(x)
         return self.mlp(normed, batch, residual=self.attn(normed, batch, residual=x))
 
 

@@ -13,11 +13,11 @@ from lmi_dist.layers.moe import SparseMoE
 from lmi_dist.layers.norm import PerHead, RMSNorm
 from lmi_dist.layers.qkv import joined, separate
 from lmi_dist.layers.rotary import rotary
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 
-class Layer:
+class Layer(DecoderLayer):
     """Attention, then feed-forward, each normalised before and added to what came in."""
 
     mlp: GatedMLP | SparseMoE

@@ -6,12 +6,12 @@ import torch
 from lmi_dist.batch import ForwardBatch
 from lmi_dist.config import ConfigKeys, ModelConfig
 from lmi_dist.layers.attention import SelfAttention, alibi_slopes
-from lmi_dist.layers.elementwise import clamped, scaled
+from lmi_dist.layers.elementwise import scaled
 from lmi_dist.layers.embedding import Positions
 from lmi_dist.layers.mlp import MLP
 from lmi_dist.layers.norm import AcrossHeads, LayerNorm, RMSNorm
 from lmi_dist.layers.qkv import joined
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.parallel import Heads
 from lmi_dist.weights import WHOLE, Weights
 
@@ -43,45 +43,37 @@ def standard_keys(keys: ConfigKeys) -> dict[str, object]:
     }
 
 
-class Attention:
+def load_attention(config: ModelConfig, weights: Weights, layer: int) -> SelfAttention:
     """Attention with clipped projections and normalised queries and keys, if asked for."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
-        keys, prefix, size = config.keys.section("attn_config"), f"transformer.blocks.{layer}.attn", config.head_dim
-        qk_norm, link = None, weights.link
-        if keys.boolean("qk_ln", default=False):
-            heads = Heads.share(weights.ranks, config.num_heads, config.num_kv_heads, size)
-            qk_norm = (
-                AcrossHeads(load_norm(config, weights, f"{prefix}.q_ln", config.num_heads * size, heads.query_features), link),
-                AcrossHeads(load_norm(config, weights, f"{prefix}.k_ln", config.num_kv_heads * size, heads.key_features), link),
-            )
-        self.clip = keys.number("clip_qkv", default=0.0, above=0.0)
-        self.inner = SelfAttention.load(
-            weights,
-            config,
-            layer,
-            joined(f"{prefix}.Wqkv"),
-            f"{prefix}.out_proj",
-            bias=config.keys.boolean("has_bias", default=False),
-            alibi=alibi_slopes(config.num_heads, keys.number("alibi_bias_max", default=8.0)) if has_alibi(config) else None,
-            scale=keys.number("softmax_scale", default=None, above=0.0),
-            qk_norm=qk_norm,
+    keys, prefix, size = config.keys.section("attn_config"), f"transformer.blocks.{layer}.attn", config.head_dim
+    qk_norm, link = None, weights.link
+    if keys.boolean("qk_ln", default=False):
+        heads = Heads.share(weights.ranks, config.num_heads, config.num_kv_heads, size)
+        qk_norm = (
+            AcrossHeads(load_norm(config, weights, f"{prefix}.q_ln", config.num_heads * size, heads.query_features), link),
+            AcrossHeads(load_norm(config, weights, f"{prefix}.k_ln", config.num_kv_heads * size, heads.key_features), link),
         )
+    return SelfAttention.load(
+        weights,
+        config,
+        layer,
+        joined(f"{prefix}.Wqkv"),
+        f"{prefix}.out_proj",
+        bias=config.keys.boolean("has_bias", default=False),
+        alibi=alibi_slopes(config.num_heads, keys.number("alibi_bias_max", default=8.0)) if has_alibi(config) else None,
+        clip=keys.number("clip_qkv", default=0.0, above=0.0),
+        scale=keys.number("softmax_scale", default=None, above=0.0),
+        qk_norm=qk_norm,
+    )
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch, residual: torch.Tensor) -> torch.Tensor:
-        qkv = self.inner.qkv(x, batch)
-        if self.clip:
-            qkv = clamped(qkv, self.clip)
-        return self.inner.out(self.inner.attend(qkv, batch), batch, residual=residual)
 
-
-class Layer:
+class Layer(DecoderLayer):
     """Attention, then feed-forward, each normalised before and added to what came in."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
         prefix, hidden = f"transformer.blocks.{layer}", config.hidden_size
         self.attn_norm = load_norm(config, weights, f"{prefix}.norm_1", hidden)
-        self.attn = Attention(config, weights, layer)
+        self.attn = load_attention(config, weights, layer)
         self.mlp_norm = load_norm(config, weights, f"{prefix}.norm_2", hidden)
         self.mlp = MLP.load(
             weights,

@@ -10,13 +10,13 @@ from lmi_dist.layers.linear import Linear
 from lmi_dist.layers.mlp import ACTIVATIONS, MLP
 from lmi_dist.layers.norm import LayerNorm
 from lmi_dist.layers.qkv import separate
-from lmi_dist.models.decoder import Decoder
+from lmi_dist.models.decoder import Decoder, DecoderLayer
 from lmi_dist.weights import Weights
 
 EPS = 1e-5
 
 
-class Layer:
+class Layer(DecoderLayer):
     """Attention, then feed-forward, each added to what came in, and normalised before or behind."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
@@ -43,6 +43,9 @@ class Layer:
             return self.mlp(self.mlp_norm(x), batch, residual=x)
         x = self.attn_norm(self.attn(x, batch, residual=x))
         return self.mlp_norm(self.mlp(x, batch, residual=x))
+
+    def write_keys(self, x: torch.Tensor, batch: ForwardBatch) -> None:
+        self.attn.write_keys(self.attn_norm(x) if self.norms_first else x, batch)
 
 
 class OPTForCausalLM(Decoder):

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmi_dist_handler.bench_work import WORKLOADS, Limits, Shape, floor, jobs_of, tokens_per_s
+from lmi_dist_handler.bench_work import WORKLOADS, ElementBytes, Limits, Shape, floor, jobs_of, tokens_per_s
 
 ENGINES = ("ours", "vllm", "openvino")
 NAMES = {"ours": "lmi-dist", "vllm": "vLLM", "openvino": "OpenVINO"}
-ELEMENT_BYTES = 2
+ELEMENT_BYTES = ElementBytes(weight=2, cached=2)
 QUIET = 0.03  # share of the CPUs' time that others may take before a turn
 PATIENCE_S = 20.0
 TURN_TIMEOUT_S = 600.0

@@ -53,6 +53,20 @@ def test_tokens_follow_the_plans_order(batch: ForwardBatch) -> None:
     assert batch.positions.tolist() == [20, 0, 1, 2, 15, 16, 17, 18]
 
 
+def test_output_rows_make_a_step_of_their_own(batch: ForwardBatch) -> None:
+    """A sequence without any keeps its place in it, with no token."""
+    outputs = batch.outputs()
+
+    assert batch.output_rows.tolist() == [0, 6, 7]
+    assert outputs.slots.tolist() == [3 * 16 + 4, 5 * 16 + 1, 5 * 16 + 2]
+    assert outputs.starts.tolist() == [0, 1, 1, 3]
+    assert (outputs.key_lengths is batch.key_lengths, outputs.tables is batch.tables) == (True, True)
+
+
+def test_step_of_output_rows_alone_has_no_other(cache: KVCache) -> None:
+    assert build(Plan(step=0, decodes=(DECODE,)), cache).output_starts is None
+
+
 def test_slot_is_block_and_place(batch: ForwardBatch) -> None:
     assert batch.slots.tolist() == [3 * 16 + 4, 64, 65, 66, 2 * 16 + 15, 5 * 16, 5 * 16 + 1, 5 * 16 + 2]
 

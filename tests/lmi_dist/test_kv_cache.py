@@ -1,6 +1,7 @@
 """The memory plan is arithmetic on given numbers; what does not fit is told with it."""
 
 import ctypes
+import itertools
 import logging
 import resource
 from pathlib import Path
@@ -179,6 +180,19 @@ def test_pool_takes_memory_as_it_is_written(folder: Path) -> None:
 
     assert sum(resident_bytes(part) for layer in cache.layers for part in layer) < 50 * MEGA
     assert not cache.layers[1].v[-1].any()
+
+
+@pytest.mark.parametrize("num_layers", [1, 3, 44])
+def test_tensors_lie_apart_on_lines_and_at_different_places_of_a_page(folder: Path, num_layers: int) -> None:
+    cache = KVCache(plan(folder, 100 * MEGA, kv_cache_memory_bytes=8 * MEGA), num_layers, num_kv_heads=2, head_dim=16)
+    parts = [part for layer in cache.layers for part in layer]
+
+    begins = [part.data_ptr() for part in parts]
+    assert all(begin % 64 == 0 for begin in begins)
+    assert all(begin + part.nbytes <= after for begin, part, after in zip(begins, parts, begins[1:], strict=False))
+    places = sorted((begin - begins[0]) % (2 << 20) for begin in begins)
+    least = (2 << 20) // len(parts) // 64 * 64
+    assert all(after - before >= least for before, after in itertools.pairwise(places))
 
 
 def test_fp8_pool_holds_twice_the_tokens_of_bf16(folder: Path) -> None:
