@@ -16,6 +16,7 @@ import torch
 from lmi_dist.config import BLOCK_SIZE, EngineConfig, ModelConfig
 from lmi_dist.errors import MemoryPlanError
 from lmi_dist.images import VisionConfig
+from lmi_dist.pages import PagesAhead
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import MAX_PROMPT_ROWS
 from lmi_dist.weights import Checkpoint
@@ -108,6 +109,7 @@ class KVCache:
         make = _host_zeros if self.device.type == "cpu" else self._device_zeros
         parts = make(2 * num_layers, (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), memory.cache_dtype)
         self.layers = [LayerCache(k, v) for k, v in zip(parts[::2], parts[1::2], strict=True)]
+        self.pages = PagesAhead(parts) if self.device.type == "cpu" and parts[0].nbytes > HUGE_PAGE else None
 
     @property
     def size_bytes(self) -> int:

@@ -21,7 +21,7 @@ HEADER = ROOT / "kernels" / "include" / "lmi_kernels.h"
 ENGINE_LEVELS = (
     ("collector", "errors", "pace", "plan"),
     ("config", "request", "ops", "parallel", "fetch"),
-    ("device", "link", "plan_stream", "staging"),
+    ("device", "link", "pages", "plan_stream", "staging"),
     ("device_group",),
     ("local_link",),
     ("meeting",),

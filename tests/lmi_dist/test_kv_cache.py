@@ -1,9 +1,7 @@
 """The memory plan is arithmetic on given numbers; what does not fit is told with it."""
 
-import ctypes
 import itertools
 import logging
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import tiny_llava
 import tiny_models
 import torch
+from resident import resident_bytes
 
 from lmi_dist.config import BLOCK_SIZE, EngineConfig
 from lmi_dist.errors import ConfigError, MemoryPlanError
@@ -27,15 +26,6 @@ MEGA = 1_000_000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(tiny_models.build("llama2-gqa"), tmp_path_factory.mktemp("tiny"))
-
-
-def resident_bytes(part: torch.Tensor) -> int:
-    """Of a tensor's memory that whole pages hold, what the system has handed out."""
-    page = resource.getpagesize()
-    begin, end = -(-part.data_ptr() // page), (part.data_ptr() + part.nbytes) // page
-    pages = (ctypes.c_ubyte * (end - begin))()
-    assert ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(begin * page), ctypes.c_size_t(len(pages) * page), pages) == 0
-    return page * sum(each & 1 for each in pages)
 
 
 def plan(folder: Path, available: int, flags: frozenset[str] = BF16_CPU, **values: Any) -> MemoryPlan:

@@ -1,0 +1,47 @@
+"""Memory of a CPU's KV pool, asked of the system before it is written."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
+PAGE = 4096
+LEAD_BLOCKS = 256  # 4096 tokens
+REST = 4  # times as long as it works does the thread leave the CPUs to the steps
+
+
+class PagesAhead:
+    """The system clears a page when it is first written, which takes up to 5 ms for a huge one, and a step that comes to new blocks
+    would wait for one of each tensor. A thread asks for those of the next blocks while steps go on, and ends when they are there.
+
+    parts: the pool's tensors, each [N,...]; blocks are taken in ascending order until all have been written once.
+    """
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._parts = parts
+        self._num_blocks = len(parts[0])
+        self._num_asked = 0
+        self.thread: threading.Thread | None = None  # the last one
+        self.reach(0)
+
+    def reach(self, block: int) -> None:
+        """A step writes up to this block."""
+        if block + LEAD_BLOCKS // 2 <= self._num_asked or self._num_asked == self._num_blocks:
+            return
+        first, self._num_asked = self._num_asked, min(block + LEAD_BLOCKS, self._num_blocks)
+        self.thread = threading.Thread(target=self._ask, args=(first, self._num_asked), name="kv pages", daemon=True)
+        self.thread.start()
+
+    def _ask(self, first: int, end: int) -> None:
+        """Where the system does not know such a wish the pages come as they are written."""
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for part in self._parts:
+            block_bytes = part.nbytes // self._num_blocks
+            begin = (part.data_ptr() + first * block_bytes) // PAGE * PAGE
+            started = time.perf_counter()
+            madvise(begin, part.data_ptr() + end * block_bytes - begin, POPULATE_WRITE)
+            time.sleep(REST * (time.perf_counter() - started))
