@@ -5,9 +5,10 @@
     .venv/bin/python tests/benchmarks/against_peers.py --table against.jsonl
 
 PEERS is the folder that the bench folder's README has made: venv-vllm, venv-ov, models, models-ov, the programs limits and noise.
-One turn is a process of one engine (one_engine.py): start, a warm-up and the repetitions of each workload. Turns go ours, vllm,
-openvino, ours, ... so that all meet the same noise, each after a wait for a quiet machine. All engines get the same CPUs and
-threads. --prepare lets each engine start once before anything counts: vLLM compiles a model at its first start.
+Each engine is a process (one_engine.py) with the same CPUs and threads; all are there, and asleep, while one of them works. Every
+repetition goes ours, vllm, openvino, each after a wait for a quiet machine, so that all meet the same noise: what others leave of a
+shared machine's bandwidth changes by the minute. --prepare lets each engine start once before anything counts: vLLM compiles a
+model at its first start.
 
 Besides the workloads of `lmi-dist bench`: `start`, from the start of the process to the first token of a request of 16; and `gap`,
 the 99th percentile of the time between the tokens of 8 streams from the arrival of a prompt of 2000 tokens to the first token of
@@ -17,6 +18,7 @@ that, over the median without it.
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -33,22 +35,21 @@ NAMES = {"ours": "lmi-dist", "vllm": "vLLM", "openvino": "OpenVINO"}
 ELEMENT_BYTES = ElementBytes(weight=2, cached=2)
 QUIET = 0.03  # share of the CPUs' time that others may take before a turn
 PATIENCE_S = 20.0
-TURN_TIMEOUT_S = 600.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured of one model: turns of each engine, repetitions of each workload in a turn."""
+    """What is measured of one model, and how often."""
 
     folder: str
-    turns: int
     repetitions: dict[str, int]
     read_mb: int  # of the bandwidth's working sets, the one that is like its weights
 
 
 PLANS = {
-    "1.1b": Plan("llama-1.1b", 2, {"latency": 2, "throughput": 1, "prefill1": 1, "prefill4": 1, "gap": 1}, 2200),
-    "160m": Plan("llama-160m", 3, {"latency": 3, "throughput": 1, "prefill1": 2, "prefill4": 2, "gap": 1}, 325),
+    "1.1b": Plan("llama-1.1b", {"latency": 5, "throughput": 3, "prefill1": 3, "prefill4": 4, "gap": 3}, 2200),
+    "160m": Plan("llama-160m", {"latency": 5, "throughput": 3, "prefill1": 3, "prefill4": 4, "gap": 3}, 325),
 }
 
 
@@ -58,7 +59,6 @@ def main() -> int:
     parser.add_argument("--bench", type=Path, help="folder of peers.py")
     parser.add_argument("--only", default=",".join(PLANS), help="MODEL or MODEL:WORKLOAD, with commas between (%(default)s)")
     parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
-    parser.add_argument("--turns", type=int, help="of each engine and model; unset: 2 of 1.1b, 3 of 160m")
     parser.add_argument("--cpus", default=",".join(map(str, sorted(os.sched_getaffinity(0)))), help="of every engine (%(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only start each engine once with each model")
     parser.add_argument("--out", type=Path, default=Path("against_peers.jsonl"), help="append every repetition here (%(default)s)")
@@ -91,47 +91,46 @@ class Run:
     def prepare(self) -> None:
         for name, plan in self._plans.items():
             for engine in self._engines:
-                self._turn(engine, name, Plan(plan.folder, 1, {}, plan.read_mb), 0, self._options.out.with_suffix(".prepare"))
+                self._start(engine, name, plan).end()
 
     def measure(self) -> None:
         self._limits()
         for name, plan in self._plans.items():
-            for turn in range(self._options.turns or plan.turns):
-                for engine in self._engines:
-                    before = self._noise(PATIENCE_S)
-                    for row in self._turn(engine, name, plan, turn, self._options.out.with_suffix(".turn")):
-                        self._keep(row | {"noise": before})
+            started = {engine: self._start(engine, name, plan) for engine in self._engines}
+            living = {engine: one for engine, one in started.items() if one.is_alive}
+            for work, num in plan.repetitions.items():
+                for repetition in range(num):
+                    for engine, one in living.items():
+                        before = self._noise(PATIENCE_S)
+                        row = one.ask(f"{work} {repetition}")
+                        self._keep(row | {"engine": engine, "model": name, "noise": before})
+                        _say(f"{name} {work} {engine}: {row.get('tok_s', row.get('steps'))}")
+            for one in living.values():
+                one.end()
         self._limits()
 
-    def _turn(self, engine: str, name: str, plan: Plan, turn: int, path: Path) -> list[dict[str, Any]]:
-        """Run an engine once; its rows. Of one that fails is told where its last words are, and the others have their turns."""
+    def _start(self, engine: str, name: str, plan: Plan) -> "Started":
+        """An engine that has answered its first request. Of one that fails the last words are told of, and the others go on."""
+        path = self._options.out.with_name(f"{self._options.out.stem}.{name}.{engine}.rows")
         path.unlink(missing_ok=True)
         model = self._peers / "models" / plan.folder
         words = [engine, "--model", model, "--ir", self._peers / "models-ov" / plan.folder, "--cpus", self._options.cpus]
-        words += ["--turn", turn, "--peers-py", self._options.bench / "peers.py", "--out", path.absolute()]
-        words += ["--work", ",".join(f"{work}={num}" for work, num in plan.repetitions.items())]
+        words += ["--peers-py", self._options.bench / "peers.py", "--out", path.absolute()]
         words += [word for option in self._options.options for word in ("-o", option)]
         script = Path(__file__).with_name("one_engine.py")
         python, environment = self._python(engine)
-        started = time.monotonic()
         # -P: else a peer that imports a package `kernels` would find the file of this folder
-        command = [str(word) for word in (python, "-P", script, *words, "--born", started)]
+        command = [str(word) for word in (python, "-P", script, *words)]
         cpus = {int(cpu) for cpu in self._options.cpus.split(",")}
-        log = path.with_name(f"{path.stem}.{name}.{engine}.log")
-        with log.open("w") as said:
-            try:
-                subprocess.run(
-                    command, env=environment, check=True, timeout=TURN_TIMEOUT_S, stdout=said, stderr=said,
-                    preexec_fn=lambda: os.sched_setaffinity(0, cpus),
-                )  # fmt: skip
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                self.num_failed += 1
-                _say(f"{name} {engine} turn {turn} failed: {str(error).rpartition('] ')[2]}; {log} has its last words")
-        if not path.exists():
-            return []
-        rows = [json.loads(line) | {"engine": engine, "model": name} for line in path.open()]
-        _say(f"{name} {engine} turn {turn}: {time.monotonic() - started:.0f} s; {_short(rows)}")
-        return rows
+        one = Started(command, environment, cpus, path)
+        row = one.answer()
+        if one.is_alive:
+            self._keep(row | {"engine": engine, "model": name})
+            _say(f"{name} {engine} starts in {row['seconds']:.1f} s")
+        else:
+            self.num_failed += 1
+            _say(f"{name} {engine} did not start; {one.log} has its last words")
+        return one
 
     def _python(self, engine: str) -> tuple[Path, dict[str, str]]:
         """An engine's interpreter and the environment that its makers recommend."""
@@ -167,6 +166,50 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
 
+class Started:
+    """A process of one_engine.py, which sleeps while it is not asked."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], cpus: set[int], rows: Path) -> None:
+        self.log = rows.with_suffix(".log")
+        self._rows = rows
+        self._num_read = 0
+        self._done, done = os.pipe()
+        with self.log.open("w") as said:
+            self._process = subprocess.Popen(
+                [*command, "--born", str(time.monotonic()), "--done-fd", str(done)], env=environment, stdin=subprocess.PIPE,
+                stdout=said, stderr=said, text=True, pass_fds=[done], preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+            )  # fmt: skip
+        os.close(done)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        row = self.answer()
+        if not row:
+            raise SystemExit(f"an engine has ended; {self.log} has its last words")
+        return row
+
+    def answer(self) -> dict[str, Any]:
+        """The next row; {} where the process ends or has none for TIMEOUT_S."""
+        if not select.select([self._done], [], [], TIMEOUT_S)[0] or not os.read(self._done, 1):
+            self._process.kill()
+            self._process.wait()
+            return {}
+        self._num_read += 1
+        row: dict[str, Any] = json.loads(self._rows.read_text().splitlines()[self._num_read - 1])
+        return row
+
+    def end(self) -> None:
+        if self.is_alive:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._done)
+
+
 def _chosen(only: str) -> dict[str, Plan]:
     """The plans that `only` names, with their workloads cut to what it names. Raises SystemExit for others."""
     chosen: dict[str, Plan] = {}
@@ -178,7 +221,7 @@ def _chosen(only: str) -> dict[str, Plan]:
             raise SystemExit(f"--only={only}: {part} must be {known}")
         kept = {key: num for key, num in plan.repetitions.items() if work in ("", key)}
         before = chosen[name].repetitions if name in chosen else {}
-        chosen[name] = Plan(plan.folder, plan.turns, before | kept, plan.read_mb)
+        chosen[name] = Plan(plan.folder, before | kept, plan.read_mb)
     return chosen
 
 
@@ -273,10 +316,6 @@ def _limits_of(rows: Sequence[dict[str, Any]], plan: Plan) -> Limits | None:
     read = [one["median"] for one in found if one["threads"] == threads and "huge" in one["what"] and one["mb"] == plan.read_mb]
     products = [one["median"] for one in found if one["threads"] == threads and "bf16" in one["what"]]
     return Limits(max(read) * 1e9, max(products) * 1e9) if read and products else None
-
-
-def _short(rows: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(f"{row['workload']} {row.get('tok_s', row.get('seconds', row.get('steps')))}" for row in rows)
 
 
 def _say(line: str) -> None:

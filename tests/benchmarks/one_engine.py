@@ -1,4 +1,5 @@
-"""One engine's turn in against_peers.py, run by that engine's own Python: it starts, works, and writes a JSON line per repetition.
+"""One engine in against_peers.py, run by that engine's own Python: it starts, and for each line "WORKLOAD REPETITION" on its
+standard input it works and writes a JSON line.
 
 Needs no more than the standard library and the engine; workloads come from bench_work.py, the peers' settings from peers.py, both
 by their paths. Every engine is stepped by hand in this process, so that nothing but the engine is measured.
@@ -7,6 +8,7 @@ by their paths. Every engine is stepped by hand in this process, so that nothing
 import argparse
 import importlib.util
 import json
+import os
 import random
 import resource
 import sys
@@ -217,39 +219,39 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--ir", default="", help="the model as OpenVINO has it")
     parser.add_argument("--peers-py", type=Path)
-    parser.add_argument("--work", required=True, help="workload=repetitions, with commas between")
     parser.add_argument("--cpus", default="0,1")
-    parser.add_argument("--turn", type=int, default=0, help="seed of the prompts")
     parser.add_argument("--born", type=float, required=True, help="time.monotonic() when this process was started")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--done-fd", type=int, required=True, help="gets a byte for each row that is in `out`")
     parser.add_argument("-o", dest="options", metavar="FIELD=VALUE", action="append", default=[], help="ours: of EngineConfig")
     options = parser.parse_args()
     bench_work = _module(BENCH_WORK)
     vocab = json.loads(Path(options.model, "config.json").read_text())["vocab_size"]
     peers = _module(options.peers_py) if options.engine != "ours" else None
     driver: Driver = ENGINES[options.engine](options, peers)
-    chance = random.Random(f"{options.turn}")
+    chance = random.Random(0)
     work(driver, [bench_work.Job(tuple(chance.randrange(3, vocab) for _ in range(16)), 1)])
     start_s = time.monotonic() - options.born
     with options.out.open("a") as file:
 
         def tell(**values: object) -> None:
             peak_mb = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
-            file.write(json.dumps({"turn": options.turn, **values, "peak_mb": peak_mb}) + "\n")
+            file.write(json.dumps({**values, "peak_mb": peak_mb}) + "\n")
             file.flush()
+            os.write(options.done_fd, b".")
 
         tell(workload="start", seconds=round(start_s, 3))
-        for name, repetitions in (part.split("=") for part in options.work.split(",") if part):
-            for repetition in range(-1, int(repetitions)):
-                if name == "gap":
-                    if repetition >= 0:
-                        tell(workload=name, **gaps(driver, chance, vocab))
-                    continue
-                jobs = bench_work.jobs_of(name, repetition, options.turn, vocab)
-                seconds, first_s = work(driver, jobs if repetition >= 0 else _warm_up(jobs))
-                if repetition >= 0:
-                    tok_s = bench_work.tokens_per_s(name, jobs, bench_work.Timing(seconds, first_s))
-                    tell(workload=name, tok_s=round(tok_s, 2), first_ms=round(first_s * 1e3, 1), seconds=round(seconds, 3))
+        for line in sys.stdin:
+            name, repetition = line.split()
+            if name == "gap":
+                tell(workload=name, **gaps(driver, chance, vocab))
+                continue
+            jobs = bench_work.jobs_of(name, int(repetition), 0, vocab)
+            if repetition == "0":
+                work(driver, _warm_up(bench_work.jobs_of(name, -1, 0, vocab)))
+            seconds, first_s = work(driver, jobs)
+            tok_s = bench_work.tokens_per_s(name, jobs, bench_work.Timing(seconds, first_s))
+            tell(workload=name, tok_s=round(tok_s, 2), first_ms=round(first_s * 1e3, 1), seconds=round(seconds, 3))
     return 0
 
 
