@@ -120,10 +120,12 @@ class KVCache:
 
 
 def _host_zeros(num: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """By numpy, which takes zeros from the system as they are, in huge pages if it can; torch would write them all. Each tensor
-    begins at another place of a page: a step writes the same blocks in all of them, and would wait for a page of each at once."""
+    """By numpy, which takes zeros from the system as they are, in huge pages if it can; torch would write them all. Large tensors
+    each begin at another place of a page: a step writes the same blocks in all, and would wait for a page of each at once."""
     size = prod(shape) * dtype.itemsize
-    stride = -(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE // num // CACHE_LINE * CACHE_LINE
+    stride = -(-size // CACHE_LINE) * CACHE_LINE
+    if size > 16 * HUGE_PAGE:
+        stride = -(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE // num // CACHE_LINE * CACHE_LINE
     pool = torch.from_numpy(np.zeros(num * stride + CACHE_LINE, np.uint8))
     firsts = range(-pool.data_ptr() % CACHE_LINE, len(pool) - stride + 1, stride)
     return [pool[first : first + size].view(dtype).view(shape) for first in firsts]

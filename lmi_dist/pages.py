@@ -1,4 +1,4 @@
-"""Memory of a CPU's KV pool, asked of the system before it is written."""
+"""When a CPU's memory is asked of the system, and when it is given back."""
 
 import ctypes
 import threading
@@ -10,6 +10,8 @@ import torch
 POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 PAGE = 4096
 LEAD_BLOCKS = 256  # 4096 tokens
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES, LARGEST_KEPT_BYTES = 256 << 20, 32 << 20  # the latter is the most that glibc takes
 REST = 4  # times as long as it works does the thread leave the CPUs to the steps
 
 
@@ -45,3 +47,12 @@ class PagesAhead:
             started = time.perf_counter()
             madvise(begin, part.data_ptr() + end * block_bytes - begin, POPULATE_WRITE)
             time.sleep(REST * (time.perf_counter() - started))
+
+
+def keep_freed_memory() -> None:
+    """From now on the memory of one operation's result is the next one's. glibc would give what is large back to the system, which
+    clears each page that it gives out again: prompts of 2048 tokens through llama-1.1b have 480 MB of results, each up to 23."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -16,6 +16,7 @@ from lmi_dist.device import CPU, Device
 from lmi_dist.kv_cache import KVCache, MemoryPlan
 from lmi_dist.link import Link
 from lmi_dist.models import EncoderDecoder, Model, VisionModel, model_class
+from lmi_dist.pages import keep_freed_memory
 from lmi_dist.parallel import Heads, Ranks
 from lmi_dist.plan import Plan
 from lmi_dist.recorded import recorded_decodes
@@ -47,6 +48,8 @@ class Runner:
         inventory = Inventory(checkpoint, memory.torch_dtype, link, kind, device=device.place)
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
         self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes, device)
+        if device.type == "cpu":
+            keep_freed_memory()  # not before: buffers of weights would be kept, too
         heads = Heads.share(link.ranks, model.num_heads, model.num_kv_heads, model.head_dim)
         self.window = model.window  # for the scheduler: older keys are not looked at
         self._settings = config, model

@@ -2,7 +2,6 @@
 for the process; every operation looks here. Chosen apart from a tensor's device, so that tests can run any column on the same
 tensors."""
 
-import ctypes
 import logging
 import os
 import sys
@@ -144,22 +143,7 @@ def _open(column: str, num_threads: int, path: Path | None) -> Column:
     opened.set_level("best")
     opened.set_threads(num_threads)
     torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the library's CPUs
-    if DEVICES[name] == "cpu":
-        _keep_freed_memory()
     return Column(name, opened, num_threads, f"{opened.describe()}, {num_threads} threads")
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES, LARGEST_KEPT_BYTES = 256 << 20, 32 << 20  # the latter is the most that glibc takes
-
-
-def _keep_freed_memory() -> None:
-    """The memory of one operation's result is the next one's: glibc would give what is large back to the system, which clears
-    each page that it gives out again. Prompts of 2048 tokens through llama-1.1b have 480 MB of results, 23 MB at most each."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _with_product(column: Column, *, batch_invariant: bool) -> Column:

@@ -174,8 +174,9 @@ def test_pool_takes_memory_as_it_is_written(folder: Path) -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 3, 44])
 def test_tensors_lie_apart_on_lines_and_at_different_places_of_a_page(folder: Path, num_layers: int) -> None:
-    cache = KVCache(plan(folder, 100 * MEGA, kv_cache_memory_bytes=8 * MEGA), num_layers, num_kv_heads=2, head_dim=16)
+    cache = KVCache(plan(folder, 1000 * MEGA, kv_cache_memory_bytes=160 * MEGA), num_layers, num_kv_heads=2, head_dim=16)
     parts = [part for layer in cache.layers for part in layer]
+    assert parts[0].nbytes > 32 * MEGA
 
     begins = [part.data_ptr() for part in parts]
     assert all(begin % 64 == 0 for begin in begins)
