@@ -147,9 +147,10 @@ class Host:
         return self._task
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, give those in flight `drain_s` to end, then end the worker."""
+        """Refuse new requests, give those in flight `drain_s` to end, then end the worker. One that has failed keeps its reason."""
         group, was_ready = self._group, self.state == "ready"
-        self.state, self.reason = "stopped", "the server is being stopped"
+        if self.state != "failed":
+            self.state, self.reason = "stopped", "the server is being stopped"
         try:
             if group is not None and was_ready and drain_s > 0:
                 await group.call("drain", {}, drain_s)

@@ -148,7 +148,9 @@ def test_fault_of_the_model_is_final(tmp_path: Path) -> None:
             ask(host, "abc")
         assert host.num_restarts == 0
 
-    run(tmp_path, check, load="fault")
+    ended = run(tmp_path, check, load="fault")
+
+    assert (ended.state, ended.reason) == ("failed", "hidden_size=7 must be even")
 
 
 def test_other_failures_are_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
