@@ -1,5 +1,6 @@
 """Where `lmi-dist demo` and `lmi-dist bench` keep the models that they make, and how a folder there is complete or absent."""
 
+import os
 import shutil
 import sys
 import tempfile
@@ -19,11 +20,21 @@ def leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+def _unfinished(pid: int) -> str:
+    return f".unfinished-{pid}-"
+
+
+def clear_unfinished(folder: Path, pid: int) -> None:
+    """Remove what a process that was killed has begun of `folder`."""
+    for begun in folder.parent.glob(f"{_unfinished(pid)}*"):
+        shutil.rmtree(begun, ignore_errors=True)
+
+
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `folder` when the block ends well and vanishes when it does not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=_unfinished(os.getpid()), dir=folder.parent))
     try:
         yield unfinished
         unfinished.chmod(0o755)

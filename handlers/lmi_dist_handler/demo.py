@@ -20,7 +20,7 @@ from typing import Any
 
 from lmi_dist import LmiError
 from lmi_dist_handler import cli, properties
-from lmi_dist_handler.cache import default_cache, leave
+from lmi_dist_handler.cache import clear_unfinished, default_cache, leave
 from lmi_dist_handler.server import bind
 from lmi_dist_handler.settings import ServerSettings
 
@@ -88,20 +88,22 @@ def _train(folder: Path, recipe: str) -> None:
     try:
         status = training.wait()
     finally:
-        _end(training)
+        _end(training, folder)
         signal.signal(signal.SIGTERM, usual)
     if status:
         raise DemoError(f"the training of the demo model ended with exit status {status}; its output is above")
 
 
-def _end(training: "subprocess.Popen[bytes]") -> None:
-    """The training does not outlive us, and gets a while to remove what it has begun to write."""
+def _end(training: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """The training does not outlive us, and gets a while to remove what it has begun to write. Python forgets a signal that comes
+    while it calls back from a weak reference or from the tokenizers."""
     training.terminate()
     try:
         training.wait(CLEAN_UP_S)
     except subprocess.TimeoutExpired:
         training.kill()
         training.wait()
+        clear_unfinished(folder, training.pid)
 
 
 def _present(server: ServerSettings, folder: Path) -> None:

@@ -150,6 +150,24 @@ def test_ended_training_leaves_nothing(tmp_path):
     assert not begun.exists()
 
 
+def test_training_that_does_not_hear_its_end_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CLEAN_UP_S", 0.2)
+    folder = tmp_path / "demo-1" / "demo"
+    deaf = """
+import pathlib, signal, sys, time
+from lmi_dist_handler.cache import complete_folder
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with complete_folder(pathlib.Path(sys.argv[1])):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", deaf, folder], stdout=subprocess.PIPE, text=True) as training:
+        read_until(training, "begun")
+        demo._end(training, folder)
+
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_demo_trains_serves_and_answers(tmp_path):
     """The whole command, with a model of 3 steps."""
     with socket.create_server(("127.0.0.1", 0)) as free:
