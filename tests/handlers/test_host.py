@@ -108,7 +108,7 @@ def test_silence_counts_from_the_last_look(tmp_path: Path, monkeypatch: pytest.M
 
     run(tmp_path, check, step_timeout_s=3.0)
 
-    assert set(allowed) == {2.8}
+    assert set(allowed) == {2.4}
 
 
 @pytest.mark.parametrize(("body", "what"), [("block", "did not answer"), ("busy", "was in one step for more")])
