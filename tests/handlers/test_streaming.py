@@ -162,9 +162,12 @@ def test_lost_gpu_ends_the_process_once_everybody_knows(monkeypatch: pytest.Monk
         await thread.start()
         bench = Bench(thread, engine)
 
-        answers = await asyncio.gather(bench.answer("lost", "one"), bench.answer("abcdef", "two", stream=False))
+        engine.gate.clear()
+        answers = asyncio.gather(bench.answer("lost", "one"), bench.answer("abcdef", "two", stream=False))
+        await bench.until(lambda: bench.streams.stats()["num_streams"] == 2)
+        engine.gate.set()
 
-        assert [told(frames) for frames in answers] == [("424", "the GPU is lost")] * 2
+        assert [told(frames) for frames in await answers] == [("424", "the GPU is lost")] * 2
         assert ends == []
         await bench.until(lambda: bool(ends))
         with pytest.raises(StepError, match="the engine has ended: the GPU is lost"):
