@@ -106,17 +106,19 @@ class KVCache:
         self, memory: MemoryPlan, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device | None = None
     ) -> None:
         self.device = device or torch.device("cpu")
-        make = _host_zeros if self.device.type == "cpu" else self._device_zeros
-        parts = make(2 * num_layers, (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), memory.cache_dtype)
+        is_host = self.device.type == "cpu"
+        num, shape, dtype = 2 * num_layers, (memory.num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), memory.cache_dtype
+        parts = _host_zeros(num, shape, dtype) if is_host else _device_zeros(num, shape, dtype, self.device)
         self.layers = [LayerCache(k, v) for k, v in zip(parts[::2], parts[1::2], strict=True)]
-        self.pages = PagesAhead(parts) if self.device.type == "cpu" and parts[0].nbytes > HUGE_PAGE else None
+        self.pages = PagesAhead(parts if is_host and parts[0].nbytes > HUGE_PAGE else ())
 
     @property
     def size_bytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
-    def _device_zeros(self, num: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-        return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num)]
+
+def _device_zeros(num: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num)]
 
 
 def _host_zeros(num: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:

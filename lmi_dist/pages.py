@@ -14,17 +14,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES, LARGEST_KEPT_BYTES = 256 << 20, 32 << 20  # the latter is the most that glibc takes
 REST = 4  # times as long as it works does the thread leave the CPUs to the steps
 
+_libc = ctypes.CDLL(None)
+
 
 class PagesAhead:
     """The system clears a page when it is first written, which takes up to 5 ms for a huge one, and a step that comes to new blocks
     would wait for one of each tensor. A thread asks for those of the next blocks while steps go on, and ends when they are there.
 
-    parts: the pool's tensors, each [N,...]; blocks are taken in ascending order until all have been written once.
+    parts: the pool's tensors, each [N,...], or none; blocks are taken in ascending order until all have been written once.
     """
 
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._parts = parts
-        self._num_blocks = len(parts[0])
+        self._num_blocks = len(parts[0]) if parts else 0
         self._num_asked = 0
         self.thread: threading.Thread | None = None  # the last one
         self.reach(0)
@@ -39,7 +41,7 @@ class PagesAhead:
 
     def _ask(self, first: int, end: int) -> None:
         """Where the system does not know such a wish the pages come as they are written."""
-        madvise = ctypes.CDLL(None).madvise
+        madvise = _libc.madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for part in self._parts:
             block_bytes = part.nbytes // self._num_blocks
@@ -52,7 +54,6 @@ class PagesAhead:
 def keep_freed_memory() -> None:
     """From now on the memory of one operation's result is the next one's. glibc would give what is large back to the system, which
     clears each page that it gives out again: prompts of 2048 tokens through llama-1.1b have 480 MB of results, each up to 23."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        _libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -69,8 +69,7 @@ class Runner:
         returns, nor run anything else. If it fails, it fails on all ranks, on the others with RankError."""
         try:
             self._encode(plan)
-            if self.cache.pages is not None:
-                self.cache.pages.reach(max([chunk.table[-1] for chunk in plan.rows], default=0))
+            self.cache.pages.reach(max([chunk.table[-1] for chunk in plan.rows], default=0))
             logits = None if self.decodes is None else self.decodes.forward(plan.rows, chosen)
             return logits if logits is not None else self.model(build(plan, self.cache, self._features, chosen))
         except Exception as error:

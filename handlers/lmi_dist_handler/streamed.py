@@ -31,9 +31,8 @@ class Streamed(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             write = scope.get("extensions", {}).get(WRITE, refuse)
-            await asyncio.create_task(
-                self._send_pieces(write, send)
-            )  # else each piece would wake all that has been called up to here
+            # a task of its own: else each piece would wake all that has been called up to here
+            await asyncio.create_task(self._send_pieces(write, send))
         except ClientGoneError:
             self._metrics.client_gone()
         finally:
