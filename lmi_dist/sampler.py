@@ -11,7 +11,6 @@ import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -161,24 +160,18 @@ class Sampler:
         wanted = [index for index, row in enumerate(rows) if row.draws.num_logprobs is not None]
         there = self._tell(rows, places, wanted, logits)
         logits = logits if places is None else logits.index_select(0, there["places"])
-        bad = _mend(logits)
         raw = _rows(logits, wanted, there).clone() if wanted else None  # what follows works in place
         if "repetition" in there:
             ops.penalize(logits, **{name: there[name] for name in PENALTIES})
         ids = ops.sample(logits, **{name: there[name] for name in SETTINGS}, positions=there["positions"])
         tops = [rows[index].draws.num_logprobs or 0 for index in wanted]
         told = () if raw is None else _told(raw, _rows(ids, wanted, there), tops)[1:]
-        if bad:
-            ids[bad] = -1
         return Draft(ids, told, wanted, tops)
 
     @torch.inference_mode()
     def score(self, logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> Scores:
-        """Log probabilities of given ids. logits: fp32 [R,V], unchanged but for bad rows; tops: alternatives wanted per row."""
-        bad = _mend(logits)
+        """Log probabilities of given ids. logits: fp32 [R,V], unchanged; tops: alternatives wanted per row."""
         ranks, *told = _told(logits, to_device({"ids": _int32(ids)}, logits.device)["ids"], tops)
-        if bad:
-            ranks[bad] = -1
         return Scores(ids, ranks, told, tops)
 
     def _tell(self, rows: Sequence[Row], places: Sequence[int] | None, wanted: Sequence[int], logits: Tensor) -> dict[str, Tensor]:
@@ -248,16 +241,6 @@ def _told(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> tuple[Tensor, Ten
 def _rows(x: Tensor, wanted: Sequence[int], there: dict[str, Tensor]) -> Tensor:
     """x: [R,...]; those of its rows, as `there` has them if they are not all."""
     return x.index_select(0, there["wanted"]) if "wanted" in there else x
-
-
-def _mend(logits: Tensor) -> list[int]:
-    """On a CPU, rows that leave nothing to choose, which are made zeros: it would refuse the batch for them, where a GPU tells."""
-    if logits.device.type != "cpu" or not len(logits):
-        return []
-    bad = [row for row, greatest in enumerate(logits.amax(dim=1).tolist()) if not greatest > -inf]
-    if bad:
-        logits[bad] = 0.0
-    return bad
 
 
 def _float32(values: Sequence[float]) -> NDArray[np.float32]:

@@ -2,9 +2,7 @@
  * of blocks of 64 in float, which are added in double, in ascending order. */
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <limits>
-#include <string>
 
 #include "common/arguments.h"
 #include "common/math.h"
@@ -16,19 +14,6 @@ constexpr int64_t kBlock = 64;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 inline const float *floats(const lmi_tensor &tensor) { return static_cast<const float *>(tensor.data); }
-
-/* fn(begin, end) for shares of the rows; it returns the first row that it cannot do, or end. The first of those is refused. */
-template <class Function>
-void for_rows(int64_t rows, int64_t columns, Function fn) {
-  std::atomic<int64_t> first_bad{rows};
-  parallel_for(rows, rows_a_share(columns), [&](int64_t begin, int64_t end) {
-    const int64_t bad = fn(begin, end);
-    int64_t seen = first_bad.load();
-    while (bad < end && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) continue;
-  });
-  if (first_bad.load() == rows) return;
-  refuse("row " + std::to_string(first_bad.load()) + " of logits has a NaN, or no logit above -infinity");
-}
 
 /* The greatest logit; NaN if there is one among them. */
 inline float max_of(const float *logits, int64_t n) {

@@ -47,31 +47,34 @@ std::vector<int32_t> best_ids(const float *logits, int64_t n, int64_t num) {
   return best;
 }
 
-bool tell(const lmi_logprobs_args &args, int64_t row) {
+void tell(const lmi_logprobs_args &args, int64_t row) {
   const float *logits = static_cast<const float *>(at(args.logits, row));
   const int64_t n = args.logits.size[1];
-  const float max = max_of(logits, n);
-  if (!can_be_drawn(max)) return false;
-  const LogSoftmax log_softmax(logits, n, max);
   const int32_t id = integers(args.ids)[row];
-  static_cast<float *>(args.values.data)[row] = log_softmax(id);
-  static_cast<int32_t *>(args.ranks.data)[row] = rank_of(logits, n, logits[id]);
-  if (!is_given(args.top_ids)) return true;
+  float &value = static_cast<float *>(args.values.data)[row];
+  int32_t &rank = static_cast<int32_t *>(args.ranks.data)[row];
+  const float max = max_of(logits, n);
+  if (!can_be_drawn(max) || id < 0 || id >= n) {
+    value = std::numeric_limits<float>::quiet_NaN();
+    rank = -1;
+    return;
+  }
+  const LogSoftmax log_softmax(logits, n, max);
+  value = log_softmax(id);
+  rank = rank_of(logits, n, logits[id]);
+  if (!is_given(args.top_ids)) return;
   const std::vector<int32_t> best = best_ids(logits, n, args.top_ids.size[1]);
   float *values = static_cast<float *>(at(args.top_values, row));
   std::copy(best.begin(), best.end(), static_cast<int32_t *>(at(args.top_ids, row)));
   for (size_t i = 0; i < best.size(); ++i) values[i] = log_softmax(best[i]);
-  return true;
 }
 
 }  // namespace
 
 void logprobs(const lmi_logprobs_args &args) {
   check_arguments(args);
-  check_entries("ids", args.ids, 0, args.logits.size[1] - 1);
-  for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
-    while (begin < end && tell(args, begin)) ++begin;
-    return begin;
+  parallel_for(args.logits.size[0], rows_a_share(args.logits.size[1]), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) tell(args, row);
   });
 }
 

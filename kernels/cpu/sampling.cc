@@ -181,35 +181,35 @@ struct Scratch {
   std::vector<float> weights;
   std::vector<int32_t> ids;
   std::vector<Entry> entries;
-  explicit Scratch(size_t n) : weights(n), ids(n), entries(n) {}
+
+  void resize(size_t n) {
+    weights.resize(n);
+    ids.resize(n);
+    entries.resize(n);
+  }
 };
 
 Candidates candidates_of(float *logits, int64_t n, float max, float temperature, Scratch &scratch) {
+  scratch.resize(static_cast<size_t>(n));
   shift(logits, n, max, temperature);
   for (int64_t i = 0; i < n; ++i) scratch.weights[static_cast<size_t>(i)] = exp_of(logits[i]);
   for (int64_t i = 0; i < n; ++i) scratch.ids[static_cast<size_t>(i)] = static_cast<int32_t>(i);
   return {n, logits, scratch.weights.data(), scratch.ids.data()};
 }
 
-/* False if the row's logits cannot be drawn from. */
-bool choose(const lmi_sample_args &args, int64_t row, Scratch &scratch) {
+int32_t choose(const lmi_sample_args &args, int64_t row, Scratch &scratch) {
   float *logits = static_cast<float *>(at(args.logits, row));
-  int32_t &id = static_cast<int32_t *>(args.ids.data)[row];
   const int64_t n = args.logits.size[1];
   const float max = max_of(logits, n), temperature = floats(args.temperature)[row];
-  if (!can_be_drawn(max)) return false;
-  if (temperature == 0.0f) {
-    id = static_cast<int32_t>(std::find(logits, logits + n, max) - logits);
-    return true;
-  }
+  if (!can_be_drawn(max)) return -1;
+  if (temperature == 0.0f) return static_cast<int32_t>(std::find(logits, logits + n, max) - logits);
   Candidates left = candidates_of(logits, n, max, temperature, scratch);
   keep_top_k(left, scratch.entries.data(), integers(args.top_k)[row]);
   keep_top_p(left, scratch.entries.data(), floats(args.top_p)[row]);
   keep_typical(left, scratch.entries.data(), floats(args.typical_p)[row]);
   keep_min_p(left, floats(args.min_p)[row]);
   const Stream stream = {static_cast<const uint64_t *>(args.seeds.data)[row], static_cast<uint32_t>(integers(args.positions)[row])};
-  id = draw_token(left, stream);
-  return true;
+  return draw_token(left, stream);
 }
 
 void check_wishes(const lmi_sample_args &args) {
@@ -225,10 +225,10 @@ void check_wishes(const lmi_sample_args &args) {
 void sample(const lmi_sample_args &args) {
   check_arguments(args);
   check_wishes(args);
-  for_rows(args.logits.size[0], args.logits.size[1], [&](int64_t begin, int64_t end) {
-    Scratch scratch(static_cast<size_t>(args.logits.size[1]));
-    while (begin < end && choose(args, begin, scratch)) ++begin;
-    return begin;
+  int32_t *ids = static_cast<int32_t *>(args.ids.data);
+  parallel_for(args.logits.size[0], rows_a_share(args.logits.size[1]), [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    for (int64_t row = begin; row < end; ++row) ids[row] = choose(args, row, scratch);
   });
 }
 

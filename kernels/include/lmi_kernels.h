@@ -240,7 +240,7 @@ LMI_API lmi_status lmi_penalize(const lmi_penalize_args *args, lmi_stream stream
  * and ids[r] = argmax_v (l[v] + gumbel(v)), gumbel(v) = -log(-log(u)), u = (x + 0.5) * 2^-32,
  * x = word 0 of Philox-4x32-10 (Salmon et al. 2011) with key (seed & 0xffffffff, seed >> 32) and counter (v, position, 0, 0).
  * logits: F32 [R,V]; temperature, top_p, typical_p, min_p: F32 [R]; top_k: I32 [R]; seeds: U64 [R]; positions, ids: I32 [R]. logits is scratch.
- * A row with a NaN or without a logit above -infinity is LMI_BAD_ARGUMENT, and named. */
+ * The id is -1 for a row with a NaN or without a logit above -infinity. */
 typedef struct {
   lmi_tensor logits, temperature, top_k, top_p, typical_p, min_p, seeds, positions, ids;
 } lmi_sample_args;
@@ -248,7 +248,7 @@ LMI_API lmi_status lmi_sample(const lmi_sample_args *args, lmi_stream stream);
 
 /* log_softmax(logits[r,:]): of ids[r] in values[r], its rank (number of larger logits) in ranks[r], and of the `top` largest (ties: lowest id)
  * in top_values, top_ids: [R,top], descending. logits: F32 [R,V], unchanged; values, top_values: F32; ids, ranks, top_ids: I32. top absent: none.
- * Bad rows as above. */
+ * For such a row, and an id that is not 0 to V-1, the value is NaN and the rank -1, and nothing is told of the largest. */
 typedef struct {
   lmi_tensor logits, ids, values, ranks, top_values, top_ids;
 } lmi_logprobs_args;

@@ -105,8 +105,7 @@ def sample(
     min-p leave, in this order, with noise that is a function of (seed, position, id) only.
 
     logits: fp32 [R,V], overwritten; temperature, top_p, typical_p, min_p: fp32 [R]; top_k (0: off), positions: int32 [R];
-    seeds: uint64 [R]. Returns int32 [R]. Raises KernelError on shapes and on a row with a NaN or with no logit above -infinity; on
-    a GPU, which nobody waits for here, such a row's id is -1."""
+    seeds: uint64 [R]. Returns int32 [R], -1 for a row with a NaN or with no logit above -infinity. Raises KernelError on shapes."""
     library = column.library()
     if library is None:
         return sample_torch(logits, temperature, top_k, top_p, typical_p, min_p, seeds, positions)
@@ -115,7 +114,6 @@ def sample(
         "sample", logits=logits, temperature=temperature, top_k=top_k, top_p=top_p, typical_p=typical_p, min_p=min_p, seeds=seeds,
         positions=positions, ids=ids,
     )  # fmt: skip
-    _check_told("sample", ids)
     return ids
 
 
@@ -135,11 +133,13 @@ def sample_torch(
     for name, values in (("top_k", top_k), ("positions", positions)):
         shapes.check(name, values, "R", torch.int32)
     shapes.check("seeds", seeds, "R", torch.uint64)
-    _check_rows(shapes, logits)
     shapes.require(bool((temperature >= 0).all()), "temperature must be at least 0")
     shapes.require(bool((min_p <= 1).all()), "min_p must be at most 1")
     ids = []
-    for row in range(len(logits)):
+    for row, is_good in enumerate(_can_be_drawn(logits).tolist()):
+        if not is_good:
+            ids.append(-1)
+            continue
         if temperature[row] == 0:
             ids.append(_first_max(logits[row]))
             continue
@@ -210,9 +210,9 @@ def gumbel(seed: int, position: int, ids: Tensor) -> Tensor:
 def logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log probabilities (values), ranks (how many logits are larger) and the `top` best (values and ids, ties: lowest id) a row.
 
-    logits: fp32 [R,V], unchanged; ids: int32 [R]. Returns fp32 [R], int32 [R], fp32 [R,top], int32 [R,top]. Raises KernelError on
-    shapes, ids outside of the vocabulary, top > V, and on a row with a NaN or without a logit above -infinity; on a GPU, which
-    nobody waits for here, the rank of such a row or id is -1."""
+    logits: fp32 [R,V], unchanged; ids: int32 [R]. Returns fp32 [R], int32 [R], fp32 [R,top], int32 [R,top]; for an id outside of
+    the vocabulary, and a row with a NaN or without a logit above -infinity, the value is NaN, the rank -1 and the best are
+    undefined. Raises KernelError on shapes and on top > V."""
     library = column.library()
     if library is None:
         return logprobs_torch(logits, ids, top)
@@ -220,21 +220,20 @@ def logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Ten
     values, top_values = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((rows,), (rows, top)))
     ranks, top_ids = (torch.empty(shape, dtype=torch.int32, device=logits.device) for shape in ((rows,), (rows, top)))
     library.call("logprobs", logits=logits, ids=ids, values=values, ranks=ranks, top_values=top_values, top_ids=top_ids)
-    _check_told("logprobs", ranks)
     return values, ranks, top_values, top_ids
 
 
 def logprobs_torch(logits: Tensor, ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = _logits_shape("logprobs", logits)
     shapes.check("ids", ids, "R", torch.int32)
-    shapes.require(bool(((ids >= 0) & (ids < shapes.sizes["V"])).all()), "ids must be 0 to V-1")
     shapes.require(0 <= top <= shapes.sizes["V"], f"top={top} must be 0 to V")
-    _check_rows(shapes, logits)
     table = torch.log_softmax(relative(logits).double(), -1).float()
-    chosen = ids.long()[:, None]
-    ranks = (logits > logits.gather(1, chosen)).sum(-1, dtype=torch.int32)
+    is_good = _can_be_drawn(logits) & (ids >= 0) & (ids < shapes.sizes["V"])
+    chosen = torch.where(is_good, ids, 0).long()[:, None]
+    values = torch.where(is_good, table.gather(1, chosen)[:, 0], math.nan)
+    ranks = torch.where(is_good, (logits > logits.gather(1, chosen)).sum(-1, dtype=torch.int32), -1)
     best = torch.sort(logits, descending=True, stable=True).indices[:, :top]
-    return table.gather(1, chosen)[:, 0], ranks, table.gather(1, best), best.int()
+    return values, ranks, table.gather(1, best), best.int()
 
 
 def _logits_shape(operation: str, logits: Tensor) -> Shapes:
@@ -244,20 +243,9 @@ def _logits_shape(operation: str, logits: Tensor) -> Shapes:
     return Shapes(operation, **shapes.sizes, **{"R+1": shapes.sizes["R"] + 1})
 
 
-def _check_rows(shapes: Shapes, logits: Tensor) -> None:
-    bad = ~(logits.max(-1).values > -math.inf)  # a NaN is the maximum of its row
-    row = int(bad.int().argmax()) if len(logits) else 0
-    shapes.require(not bad.any(), f"row {row} of logits has a NaN, or no logit above -infinity")
-
-
-def _check_told(operation: str, results: Tensor) -> None:
-    """The CUDA column cannot refuse a row before its call returns: it writes a negative number for it. On the stand-in that is seen
-    at once."""
-    if results.device.type != "cpu":
-        return
-    bad = (results < 0).nonzero()
-    if len(bad):
-        raise KernelError(f"{operation}: row {int(bad[0])} of logits has a NaN, or no logit above -infinity")
+def _can_be_drawn(logits: Tensor) -> Tensor:
+    """bool [R]"""
+    return logits.max(-1).values > -math.inf  # a NaN is the maximum of its row
 
 
 def _first_max(values: Tensor) -> int:

@@ -254,13 +254,20 @@ def test_tiny_temperature_is_nearly_greedy(column: str) -> None:
     assert torch.equal(ids, logits.argmax(-1).int())
 
 
-def test_sample_names_the_bad_row(column: str) -> None:
-    logits = rand(9, 100)
-    for row, logit, where in ((7, NAN, slice(99, 100)), (5, NAN, slice(0, 1)), (3, -INFINITY, slice(0, 100))):
+def with_bad_rows(logits: Tensor) -> Tensor:
+    """Rows 7 and 5 with a NaN, row 3 without a logit above -infinity."""
+    for row, logit, where in ((7, NAN, slice(-1, None)), (5, NAN, slice(0, 1)), (3, -INFINITY, slice(None))):
         logits[row, where] = logit
-        for temperature in (0.0, 1.0):
-            with pytest.raises(KernelError, match=rf"sample: row {row} of logits has a NaN, or no logit above -infinity"):
-                ops.sample(logits.clone(), **settings(9, temperature=temperature))
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_row_that_leaves_nothing_has_no_id(column: str, temperature: float) -> None:
+    good = ops.sample(rand(9, 100), **settings(9, temperature=temperature))
+
+    ids = ops.sample(with_bad_rows(rand(9, 100)), **settings(9, temperature=temperature))
+
+    assert ids.tolist() == good.index_fill(0, torch.tensor([3, 5, 7]), -1).tolist()
 
 
 def test_sample_names_the_bad_argument(column: str) -> None:
@@ -426,12 +433,22 @@ def test_logprobs_leave_logits_alone(library: Library) -> None:
     assert same_bits(logits, rand(3, 100))
 
 
+def test_nothing_is_told_of_a_row_that_leaves_nothing(column: str) -> None:
+    ids = ints(0, 10, -1, 30, 100, 50, 60, 70, 80)  # rows 2 and 4 are good, their ids are not
+    there = [0, 1, 6, 8]
+    good = ops.logprobs(rand(9, 100)[there], ids[there], 3)
+
+    values, ranks, top_values, top_ids = ops.logprobs(with_bad_rows(rand(9, 100)), ids, 3)
+
+    assert all(map(same_bits, (values[there], ranks[there], top_values[there], top_ids[there]), good))
+    assert [row for row in range(9) if ranks[row] == -1] == [2, 3, 4, 5, 7]
+    assert [row for row in range(9) if values[row].isnan()] == [2, 3, 4, 5, 7]
+
+
 def test_logprobs_refuse_bad_arguments(column: str) -> None:
     logits = rand(3, 10)
 
-    with pytest.raises(KernelError, match="logprobs: row 2 of logits has a NaN, or no logit above -infinity"):
-        ops.logprobs(logits.index_fill(0, torch.tensor(2), NAN), ints(0, 0, 0), 1)
-    with pytest.raises(KernelError, match=r"logprobs: ids.* must be 0 to"):
-        ops.logprobs(logits, ints(0, 10, 0), 1)
+    with pytest.raises(KernelError, match=r"logprobs: ids .*must be \[R=3\]"):
+        ops.logprobs(logits, ints(0, 0), 1)
     with pytest.raises(KernelError, match="logprobs: top=11 must be 0 to"):
         ops.logprobs(logits, ints(0, 0, 0), 11)
