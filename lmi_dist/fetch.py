@@ -4,6 +4,7 @@ First stage of loading; what it returns is always a local folder, which weights.
 """
 
 import logging
+import os
 import re
 import sys
 import time
@@ -55,12 +56,12 @@ class Progress:
 def fetch(model: str, revision: str | None = None, *, cache: Path = CACHE) -> Path:
     """The local folder of `model`: itself, a snapshot of the hub, or a copy of s3://bucket/prefix below `cache`.
     Raises CheckpointError when there is no such model, ConfigError when a part needed to fetch it is not installed."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # pathlib would raise on an unknown ~user, and on a long name
         return folder
     if model.startswith("s3://"):
         return _fetch_s3(model, cache)
-    if not HUB_ID.fullmatch(model) or folder.exists():
+    if not HUB_ID.fullmatch(model) or os.path.exists(folder):
         raise CheckpointError(f"model={model} is not a folder; give a folder, a hub id like org/name, or s3://bucket/prefix")
     return _fetch_hub(model, revision)
 

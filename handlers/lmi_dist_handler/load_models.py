@@ -3,6 +3,7 @@
 Looks at folders, reads no environment and no serving.properties.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class Entry:
     def folder(self) -> Path | None:
         """The model's folder; None where there is none: a url, or a folder that does not exist."""
         path = Path(self.url)
-        return path.resolve() if self.url and "://" not in self.url and path.is_dir() else None
+        return path.resolve() if self.url and "://" not in self.url and os.path.isdir(path) else None
 
     @property
     def model_name(self) -> str:
@@ -48,7 +49,7 @@ def entries(model_dir: Path | None, words: Mapping[str, Word], server: Mapping[s
     HF_MODEL_ID's model. None of them: OPTION_MODEL_ID's. Empty only where a list or a store says so."""
     named = model_dir or ("MODEL_DIR" in words and Path(words["MODEL_DIR"].value))
     if named:
-        if not named.is_dir():
+        if not os.path.isdir(named):
             raise ConfigError(f"{'--model-dir' if model_dir else 'MODEL_DIR'}={str(named)!r} is not a folder")
         return [Entry(str(named.resolve()), "--model-dir" if model_dir else "MODEL_DIR")]
     found = _listed_entries(server) + ([hub_entry(words["HF_MODEL_ID"].value)] if "HF_MODEL_ID" in words else [])
@@ -86,9 +87,10 @@ def check_own_checkpoint(entry: Entry, for_all: Word | None) -> None:
 
 
 def absolute(word: Word, folder: Path | None) -> Word:
-    """A relative path made absolute, against the model's folder, else the current one: workers start in another folder."""
-    for path in ([folder / word.value] if folder else []) + [Path(word.value).expanduser()]:
-        if "://" not in word.value and path.is_dir():
+    """A relative path made absolute, against the model's folder, else the current one: workers start in another folder. Looked for
+    without pathlib, which raises on an unknown ~user and on a long name."""
+    for path in ([folder / word.value] if folder else []) + [Path(os.path.expanduser(word.value))]:
+        if "://" not in word.value and os.path.isdir(path):
             return replace(word, value=str(path.resolve()))
     return word
 
@@ -156,7 +158,7 @@ def store_entries(store: str) -> list[Entry]:
 def hub_entry(model_id: str) -> Entry:
     """The model that HF_MODEL_ID adds: a hub id, an s3:// url or a folder."""
     name = re.sub(r"\W", "_", model_id)
-    if Path(model_id).is_dir():
+    if os.path.isdir(model_id):
         return Entry(model_id, "HF_MODEL_ID", name)
     return Entry("", "HF_MODEL_ID", name, model_id=check_url(model_id, "HF_MODEL_ID"))
 

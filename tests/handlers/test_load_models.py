@@ -3,7 +3,17 @@
 from pathlib import Path
 
 import pytest
-from lmi_dist_handler.load_models import Entry, canonical_engine, parse_entries, parse_entry, store_entries
+from lmi_dist_handler.load_models import (
+    Entry,
+    absolute,
+    canonical_engine,
+    entries,
+    hub_entry,
+    parse_entries,
+    parse_entry,
+    store_entries,
+)
+from lmi_dist_handler.words import Word
 
 from lmi_dist import ConfigError
 
@@ -77,3 +87,17 @@ def test_name_is_the_last_of_the_path() -> None:
 @pytest.mark.parametrize(("name", "engine"), [("MPI", "MPI"), ("python", "Python"), ("DeepSpeed", "MPI")])
 def test_engine_names_are_ours(name: str, engine: str) -> None:
     assert canonical_engine(name, "here") == engine
+
+
+@pytest.mark.parametrize("name", ["org/name", "~0/model", "~0", "d" * 5000, "s3://bucket/prefix"])
+def test_model_that_is_no_folder_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    word = Word(name, "serving.properties:1", "option.model_id")
+
+    assert absolute(word, tmp_path) == word
+    assert Entry(name, "SERVING_LOAD_MODELS").folder is None
+    assert hub_entry(name).model_id == name
+
+
+def test_model_dir_that_is_no_folder_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"MODEL_DIR='ddd.*' is not a folder"):
+        entries(None, {"MODEL_DIR": Word("d" * 5000, "environment", "MODEL_DIR")}, {})

@@ -32,7 +32,7 @@ def test_folder_is_itself(tmp_path: Path) -> None:
     assert fetch(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "./none", "~/none/at/all", "a/b/c"])
+@pytest.mark.parametrize("model", ["/no/such/folder", "./none", "~/none/at/all", "~0/model", "a/b/c", "/" + "d" * 5000])
 def test_missing_folder_is_named(model: str) -> None:
     with pytest.raises(CheckpointError, match=f"model={model} is not a folder"):
         fetch(model)
