@@ -17,6 +17,7 @@ namespace lmi::LMI_LEVEL {
 namespace {
 
 constexpr int64_t kCacheBytes = 768 * 1024; /* of the 1 or 2 MiB that a core's second-level cache has */
+constexpr int64_t kBlockBytes = 6 << 20; /* of x, which goes by once a panel, in a share of the third-level cache */
 constexpr int64_t kAheadBytes = 12 * 1024;  /* what a single tile asks for */
 constexpr int64_t kFewTiles = 4; /* whose x may come from the second-level cache at each panel */
 constexpr int64_t kFewTilesInputs = 512; /* at most */
@@ -107,9 +108,10 @@ class Block {
 
 template <class Tiles>
 void multiply_with(const lmi_linear_args &args, const PanelLayout &layout) {
-  const int64_t num_rows = args.x.size[0];
-  for (int64_t first = 0; first < num_rows; first += Tiles::kBlockRows) {
-    Block<Tiles>(args, layout, first, std::min(Tiles::kBlockRows, num_rows - first)).run();
+  const int64_t num_rows = args.x.size[0], most = std::min(Tiles::kBlockRows, kBlockBytes / Tiles::x_bytes(1, args.in_features) + 1);
+  const int64_t num_blocks = std::max<int64_t>(1, (num_rows + most - 1) / most), rows = (num_rows + num_blocks - 1) / num_blocks;
+  for (int64_t first = 0; first < num_rows; first += rows) {
+    Block<Tiles>(args, layout, first, std::min(rows, num_rows - first)).run();
   }
 }
 
