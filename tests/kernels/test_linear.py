@@ -141,6 +141,18 @@ def test_linear_bits_do_not_depend_on_number_of_rows(library: Library, dtype: to
         assert same_bits(ops.linear(x[start:], weight), everything[start:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.cpu_column
+def test_long_rows_are_taken_in_blocks_of_fewer(library: Library, dtype: torch.dtype) -> None:
+    """A block's x is 6 MiB at most: 79 rows in bf16, 40 in fp32."""
+    weight, x = packed((32, 40_000), weights((32, 40_000), dtype, "dense", 0, 1), dtype), rand(100, 40_000, dtype=dtype)
+
+    everything = ops.linear(x, weight)
+
+    for row in (0, 39, 40, 49, 50, 99):
+        assert same_bits(ops.linear(x[row : row + 1], weight), everything[row : row + 1])
+
+
 @pytest.mark.parametrize("format", ["dense", "int8", "int4"])
 @pytest.mark.cpu_column
 def test_linear_bits_do_not_depend_on_threads(library: Library, format: Format) -> None:
