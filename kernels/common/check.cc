@@ -122,16 +122,4 @@ int64_t num_elements(const lmi_tensor &tensor) {
   return num;
 }
 
-int64_t bytes_of(int32_t dtype) {
-  switch (dtype) {
-    case LMI_U8:
-    case LMI_F8E4M3: return 1;
-    case LMI_BF16:
-    case LMI_F16: return 2;
-    case LMI_F32:
-    case LMI_I32: return 4;
-    default: return 8;
-  }
-}
-
 }  // namespace lmi

@@ -46,6 +46,18 @@ void check_starts(const char *name, const lmi_tensor &starts, int64_t last);
 
 bool has_no_gaps(const lmi_tensor &tensor);
 int64_t num_elements(const lmi_tensor &tensor);
-int64_t bytes_of(int32_t dtype);
+
+/* In hot loops; always inlined, or one level's copy would serve all. */
+[[gnu::always_inline]] inline int64_t bytes_of(int32_t dtype) {
+  switch (dtype) {
+    case LMI_U8:
+    case LMI_F8E4M3: return 1;
+    case LMI_BF16:
+    case LMI_F16: return 2;
+    case LMI_F32:
+    case LMI_I32: return 4;
+    default: return 8;
+  }
+}
 
 }  // namespace lmi
