@@ -1,6 +1,7 @@
 /* Attention over blocks, for prefill and decode alike. Who owns what: a unit is up to 64 rows (a row is one query in one head) of
- * one sequence and one key head; it walks over the tiles of 64 keys that any of its rows sees, fetches a tile's keys and values once
- * for all of them (as floats or, at levels with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512
+ * one sequence and one key head, or of several heads where each has few rows; it walks over the tiles of 64 keys that any of its rows
+ * sees, a tile in one head after the other, fetches a tile's keys and values once for all of its head's rows (as floats or, at levels
+ * with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512
  * keys starts its softmax anew; splits are merged in ascending order. A row's bits depend only on its query and on the keys it sees:
  * each product is added to its own sum in the order of d or of j, four rows side by side in registers or one alone, and a key that a
  * row does not see is not added at all. Where there are few units, each split is a job of its own and the merge follows. Bound by
@@ -19,48 +20,48 @@ constexpr int64_t kWorthAThread = 1 << 16; /* products, about 5 us */
 template <class Numbers>
 void read_queries(const Problem &problem, const Unit &unit, Scratch<Numbers> &scratch) {
   const lmi_tensor &q = problem.args.q;
-  for (int64_t row = 0; row < unit.rows; ++row) {
-    const int64_t query = query_of(problem, unit, row), head = head_of(problem, unit, row);
+  scratch.turn_to(0);
+  for_rows(problem, unit, [&](int64_t row, int64_t query, int64_t head) {
     scratch.about[row] = {head, problem.position(unit.sequence, query), problem.seen(unit.sequence, query)};
     const void *from = at(q, problem.start(unit.sequence) + query, head);
     Numbers::read_query(from, q.dtype, problem.size, scratch.queries + row * scratch.row_words);
-  }
+  });
 }
 
 /* Where a split of a unit begins. */
 Place begin_of(const Problem &problem, const Unit &unit, int64_t split) {
   const Range needed = seen_by_unit(problem, unit);
-  return {&unit, std::max(needed.first, split * kSplit) / kTile * kTile, needed};
+  return {&unit, unit.head, std::max(needed.first, split * kSplit) / kTile * kTile, needed};
 }
 
 /* One split of a unit, from nothing. following: where this thread will most likely be next. */
 template <class Numbers>
 void attend_split(const Problem &problem, const Unit &unit, int64_t split, const Place &following, Scratch<Numbers> &scratch,
                   States states) {
-  states.clear(unit.rows, problem.padded);
+  states.clear(unit.num_rows(), problem.padded);
   Place place = begin_of(problem, unit, split);
   const int64_t last = std::min(place.needed.last, (split + 1) * kSplit);
   while (place.tile < last) {
-    const int64_t tile = place.tile;
+    const int64_t tile = place.tile, row = place.first_row();
     const TileCache cache(problem, place);
-    place.tile += kTile;
+    scratch.turn_to(row);
+    place.go_on();
     TileCache next(problem, place.tile < last ? place : following);
     Numbers::read_keys(problem, cache.keys, scratch, next);
     Numbers::read_values(problem, cache.values, scratch, next);
-    attend_tile(problem, unit.rows, tile, cache, scratch, states, next);
+    attend_tile(problem, unit.rows, tile, cache, scratch, States(states, row, problem.padded), next);
     next.ask_for_rest();
   }
 }
 
 void write_rows(const Problem &problem, const Unit &unit, const States &states) {
   const lmi_tensor &out = problem.args.out;
-  for (int64_t row = 0; row < unit.rows; ++row) {
+  for_rows(problem, unit, [&](int64_t row, int64_t query, int64_t head) {
     float *values = states.values + row * problem.padded;
     const float sum = states.sum[row] == 0.0f ? 1.0f : states.sum[row]; /* a row without keys gives 0 */
     for (int64_t d = 0; d < problem.size; ++d) values[d] = values[d] / sum * problem.v_scale;
-    const int64_t token = problem.start(unit.sequence) + query_of(problem, unit, row);
-    write_floats(values, out.dtype, problem.size, at(out, token, head_of(problem, unit, row)));
-  }
+    write_floats(values, out.dtype, problem.size, at(out, problem.start(unit.sequence) + query, head));
+  });
 }
 
 /* What an operation is cut into. Later rows of a prompt see more keys, so the longest jobs are the last ones. */
@@ -70,14 +71,26 @@ struct Work {
   int64_t num_pairs = 0;  /* of a row and a key, about */
 };
 
+/* Keys, once for each key head, that a unit may read so that there are units enough to share out. */
+int64_t keys_a_unit(const Problem &problem) {
+  int64_t num_keys = 0;
+  for (int64_t b = 0; b < problem.num_sequences; ++b) num_keys += problem.num_keys(b);
+  return num_keys * problem.num_kv_heads / (kUnitsAThread * num_threads());
+}
+
 Work cut(const Problem &problem) {
   Work work;
+  const int64_t most = keys_a_unit(problem);
   for (int64_t b = 0; b < problem.num_sequences; ++b) {
     const int64_t rows = problem.num_queries(b) * problem.group;
     for (int64_t first = 0; first < rows; first += kUnitRows) {
       const int64_t unit_rows = std::min(kUnitRows, rows - first);
-      for (int64_t head = 0; head < problem.num_kv_heads; ++head) work.units.push_back({b, head, first, unit_rows});
-      work.unit_rows = std::max(work.unit_rows, unit_rows);
+      const int64_t num_heads = std::clamp<int64_t>(most / (problem.num_keys(b) + 1), 1, std::min(problem.num_kv_heads, kUnitRows / unit_rows));
+      for (int64_t end = problem.num_kv_heads; end > 0; end -= num_heads) { /* the first heads' turn comes first: it is the last job's */
+        const int64_t head = std::max<int64_t>(0, end - num_heads);
+        work.units.push_back({b, head, end - head, first, unit_rows});
+      }
+      work.unit_rows = std::max(work.unit_rows, num_heads * unit_rows);
       work.num_pairs += unit_rows * problem.num_kv_heads * problem.num_keys(b);
     }
   }
@@ -107,13 +120,13 @@ void attend_units(const Problem &problem, const Work &work) {
   share_out<Numbers>(problem, work, work.units.size(), [&](int64_t job, int64_t likely, Scratch<Numbers> &scratch) {
     const Unit &unit = work.units[static_cast<size_t>(job)];
     States total(scratch.total, work.unit_rows), part(scratch.part, work.unit_rows);
-    total.clear(unit.rows, problem.padded);
+    total.clear(unit.num_rows(), problem.padded);
     read_queries(problem, unit, scratch);
     const Range splits = splits_of(problem, unit);
     for (int64_t split = splits.first; split < splits.last; ++split) {
       const bool is_last = split + 1 == splits.last;
       attend_split(problem, unit, split, is_last ? begin_of_unit(likely) : begin_of(problem, unit, split + 1), scratch, part);
-      merge(total, part, unit.rows, problem.padded);
+      merge(total, part, unit.num_rows(), problem.padded);
     }
     write_rows(problem, unit, total);
   });
@@ -151,7 +164,7 @@ void attend_splits(const Problem &problem, const Work &work) {
     const size_t first = job;
     const Unit &unit = work.units[jobs[first].unit];
     while (++job < jobs.size() && jobs[job].unit == jobs[first].unit) {
-      merge(states_of(first), states_of(job), unit.rows, problem.padded);
+      merge(states_of(first), states_of(job), unit.num_rows(), problem.padded);
     }
     write_rows(problem, unit, states_of(first));
   }

@@ -40,21 +40,28 @@ struct Problem {
   }
 };
 
-/* Rows first, first + 1, ... of one sequence and key head; row r is query r / group in head r % group of the key head's group. */
+/* Rows first, first + 1, ..., so many of each of some key heads of one sequence, a head's after the other's; a head's row r is query
+ * r / group in head r % group of its group. */
 struct Unit {
-  int64_t sequence, head, first, rows;
+  int64_t sequence, head, num_heads, first, rows;
+  int64_t num_rows() const { return num_heads * rows; }
 };
 
-int64_t query_of(const Problem &problem, const Unit &unit, int64_t row) { return (unit.first + row) / problem.group; }
-
-int64_t head_of(const Problem &problem, const Unit &unit, int64_t row) {
-  return unit.head * problem.group + (unit.first + row) % problem.group;
+/* fn(row, query, head) for all rows of a unit, in order. */
+template <class Function>
+void for_rows(const Problem &problem, const Unit &unit, Function fn) {
+  for (int64_t i = 0; i < unit.num_heads; ++i) {
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = unit.first + r;
+      fn(i * unit.rows + r, at / problem.group, (unit.head + i) * problem.group + at % problem.group);
+    }
+  }
 }
 
 /* Keys that any row of the unit sees: both ends grow with the query. */
 Range seen_by_unit(const Problem &problem, const Unit &unit) {
-  const Range first = problem.seen(unit.sequence, query_of(problem, unit, 0));
-  const Range last = problem.seen(unit.sequence, query_of(problem, unit, unit.rows - 1));
+  const Range first = problem.seen(unit.sequence, unit.first / problem.group);
+  const Range last = problem.seen(unit.sequence, (unit.first + unit.rows - 1) / problem.group);
   return {first.first, std::max(first.first, last.last)};
 }
 

@@ -17,6 +17,7 @@ struct States {
 
   static int64_t floats(int64_t rows, int64_t padded) { return rows * (padded + 2); }
   States(float *memory, int64_t rows) : max(memory), sum(memory + rows), values(memory + 2 * rows) {}
+  States(const States &all, int64_t row, int64_t padded) : max(all.max + row), sum(all.sum + row), values(all.values + row * padded) {}
 
   void clear(int64_t rows, int64_t padded) {
     std::fill_n(max, rows, kNever);
@@ -71,7 +72,7 @@ struct Scratch {
   static constexpr int64_t kWords = kTile / Numbers::kTogether;
 
   const int64_t row_words; /* of a query */
-  Row about[kUnitRows];
+  Row *about;              /* this and queries: from the row on that was turned to */
   Word *queries, *keys, *values, *weights;
   TileLines key_lines, value_lines; /* in keys and values or in the cache itself; numbers that come two in a word */
   float *few, *scores, *part, *total; /* some numbers on their way, some rows' scores [kRows][64], two units' states */
@@ -80,7 +81,7 @@ struct Scratch {
   Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
     const int64_t padded = problem.padded, states = States::floats(unit_rows, padded);
     const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + Numbers::kRows * kWords;
-    queries = reinterpret_cast<Word *>(
+    queries = queries_ = reinterpret_cast<Word *>(
         kept_floats(Purpose::kTile, words + Numbers::kFew * padded + Numbers::kRows * kTile + 2 * states));
     keys = queries + unit_rows * row_words;
     values = keys + kTile * row_words;
@@ -89,14 +90,33 @@ struct Scratch {
     scores = few + Numbers::kFew * padded;
     part = scores + Numbers::kRows * kTile;
     total = part + states;
+    turn_to(0);
   }
+
+  void turn_to(int64_t row) {
+    about = about_ + row;
+    queries = queries_ + row * row_words;
+  }
+
+ private:
+  Row about_[kUnitRows];
+  Word *queries_;
 };
 
-/* A tile of keys on a unit's way, of which its rows see `needed`. */
+/* A tile of a head's keys on a unit's way, of which its rows see `needed`. */
 struct Place {
   const Unit *unit; /* null: nowhere */
-  int64_t tile;
+  int64_t head, tile;
   Range needed;
+
+  int64_t first_row() const { return (head - unit->head) * unit->rows; }
+
+  /* All heads of a tile before the next one: their blocks lie side by side, and a core reads faster on and on. */
+  void go_on() {
+    if (++head < unit->head + unit->num_heads) return;
+    head = unit->head;
+    tile += kTile;
+  }
 };
 
 /* Where a tile's keys or values lie, by chunks; null where no row of the unit sees any. */
@@ -114,7 +134,7 @@ struct TileChunks {
     for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
       const int64_t key = place.tile + chunk * kChunk;
       if (common({key, key + kChunk}, place.needed).is_empty()) continue;
-      of[chunk] = begin(cache, table[key / problem.block_size], place.unit->head, key % problem.block_size);
+      of[chunk] = begin(cache, table[key / problem.block_size], place.head, key % problem.block_size);
     }
   }
 };
@@ -150,7 +170,7 @@ class TileCache {
     const Pieces &pieces = is_key ? key_pieces_ : value_pieces_;
     const char *chunk = is_key ? keys.of[chunk_] : values.of[chunk_ - TileChunks::kChunks];
     const char *piece = chunk + piece_ * pieces.stride;
-    for (int64_t byte = 0; chunk && byte < pieces.bytes; byte += 64) __builtin_prefetch(piece + byte, 0, 2);
+    for (int64_t byte = 0; chunk && byte < pieces.bytes; byte += 64) __builtin_prefetch(piece + byte, 0, 3);
     if (++piece_ < pieces.num && chunk) return;
     piece_ = 0;
     ++chunk_;

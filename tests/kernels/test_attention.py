@@ -269,6 +269,30 @@ def test_batching_gives_the_same_bits(library: Library, options: dict[str, Any])
     assert same_bits(out[-1:], expected[-1:])
 
 
+@by_width
+@by_same_bits
+@pytest.mark.cpu_column
+def test_heads_that_share_a_unit_have_the_same_bits(library: Library, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Where many sequences decode a unit is several heads of one, as many as its length allows; alone each head is one."""
+    check_each_alone(
+        library, Batch.of((5, 64, 700, 33, 90, 1, 130, 20, 64), (1, 1, 2, 1, 5, 1, 1, 1, 3), (4, 4), 16, dtype), options
+    )
+
+
+@pytest.mark.cpu_column
+def test_heads_that_share_a_unit_have_the_same_bits_by_tiles(library: Library) -> None:
+    check_each_alone(library, Batch.of((5, 64, 700, 33, 90, 1, 130, 20, 64), (1,) * 9, (16, 4), 32, torch.bfloat16), {})
+
+
+def check_each_alone(library: Library, batch: Batch, options: dict[str, Any]) -> None:
+    expected = batch.run(**options)
+    pieces = zip(batch.q.split(batch.queries), batch.tables, batch.queries, batch.lengths, strict=True)
+
+    alone = [replace(batch, q=q, tables=table[None], queries=(num,), lengths=(length,)) for q, table, num, length in pieces]
+
+    assert same_bits(torch.cat([each.run(**options) for each in alone]), expected)
+
+
 @pytest.mark.cpu_column
 def test_threads_do_not_change_bits(library: Library, request: pytest.FixtureRequest) -> None:
     batch, expected = whole(library)
