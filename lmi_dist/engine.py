@@ -102,7 +102,14 @@ class Engine:
         with ThreadPoolExecutor(max_workers=1) as pool:  # the tokenizer takes a second of Python, weights wait for memory
             tokenizer = pool.submit(load_tokenizer, config, setup.model.folder)
             with setup.device.judging():
-                self._runner = Runner(self.config, self.model, before_fitting(setup), self._link, setup.device)
+                self._runner = Runner(
+                    self.config,
+                    self.model,
+                    before_fitting(setup),
+                    self._link,
+                    setup.device,
+                    meanwhile=lambda: tokenizer.done() and tokenizer.result(),  # a broken one is told now, and not behind 100 GB
+                )
         self.tokenizer = tokenizer.result()
         self._text = TextDecoder(self.tokenizer)
         self._admission = Admission(self.config, self.model, self.max_model_len, self._text, images)

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -29,10 +29,18 @@ class Runner:
     """One rank's model with its cache."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, memory: MemoryPlan, link: Link | None = None, device: Device = CPU
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        memory: MemoryPlan,
+        link: Link | None = None,
+        device: Device = CPU,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """Load the weights to `device`. Raises CheckpointError before the first byte is read if the files are not what `model`
-        promises, ConfigError on what is not supported, KernelError if the wanted column of operations is not there."""
+        """Load the weights to `device`. meanwhile: called now and then; what it raises ends the loading. Raises CheckpointError
+        before the first byte is read if the files are not what `model` promises, ConfigError on what is not supported,
+        KernelError if the wanted column of operations is not there."""
         self._link = link = link or Link()
         self.device = device
         device.use()
@@ -47,7 +55,7 @@ class Runner:
         kind = quant.format_of(model, config.quantize)
         inventory = Inventory(checkpoint, memory.torch_dtype, link, kind, device=device.place)
         inventory.verify(model_class(model.architecture)(model, inventory, memory.max_model_len).ignored)
-        self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes, device)
+        self.model = _load(model, checkpoint, memory, link, kind, inventory.num_bytes, device, meanwhile)
         if device.type == "cpu":
             keep_freed_memory()  # not before: buffers of weights would be kept, too
         heads = Heads.share(link.ranks, model.num_heads, model.num_kv_heads, model.head_dim)
@@ -93,11 +101,23 @@ class Runner:
 
 
 def _load(
-    model: ModelConfig, checkpoint: Checkpoint, memory: MemoryPlan, link: Link, kind: str, num_bytes: int, device: Device
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    memory: MemoryPlan,
+    link: Link,
+    kind: str,
+    num_bytes: int,
+    device: Device,
+    meanwhile: Callable[[], object],
 ) -> Model:
     started = time.monotonic()
     with Progress(f"loading {model.folder.name}", num_bytes) as progress, torch.inference_mode():
-        weights = Weights(checkpoint, memory.torch_dtype, link, kind, device=device.place, advance=progress.advance)
+
+        def advance(num_read: int) -> None:
+            progress.advance(num_read)
+            meanwhile()
+
+        weights = Weights(checkpoint, memory.torch_dtype, link, kind, device=device.place, advance=advance)
         built = model_class(model.architecture)(model, weights, memory.max_model_len)
     seconds = time.monotonic() - started
     logger.info("%s: %.2f GB in %.1f s as %s", model.architecture, checkpoint.size_bytes / 1e9, seconds, memory.dtype)

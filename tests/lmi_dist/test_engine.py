@@ -1,6 +1,8 @@
 """The engine on a tiny random Llama: a text does not depend on its company and ends for the right reason; a failure stays alone."""
 
 import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import tiny_tokenizers
 import torch
 
 from lmi_dist import (
+    CheckpointError,
     ConfigError,
     Engine,
     EngineConfig,
@@ -21,6 +24,7 @@ from lmi_dist import (
     StepError,
     explain,
 )
+from lmi_dist.weights import Checkpoint
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -517,6 +521,28 @@ def test_tokenizer_may_lie_elsewhere(folder, tmp_path):
     outputs = run(engine, ask("a"))["a"]
     assert engine.tokenizer.convert_ids_to_tokens(5) == "<0x01>"
     assert outputs[-1].finish_reason == "length"
+
+
+def test_broken_tokenizer_ends_the_loading_of_weights(folder, monkeypatch):
+    read, names, begun = Checkpoint.read, set(), threading.Event()
+
+    def read_slowly(self, name, *part):
+        names.add(name)
+        begun.set()
+        time.sleep(0.02)
+        return read(self, name, *part)
+
+    def load_tokenizer(*_):
+        begun.wait(10)
+        raise CheckpointError("tokenizer=x cannot be loaded")
+
+    monkeypatch.setattr(Checkpoint, "read", read_slowly)
+    monkeypatch.setattr("lmi_dist.engine.load_tokenizer", load_tokenizer)
+
+    with pytest.raises(CheckpointError, match="tokenizer=x"):
+        make(folder)
+
+    assert 0 < len(names) < len(Checkpoint(folder).tensors) // 2
 
 
 def test_model_len_beyond_the_model_is_refused(folder):
