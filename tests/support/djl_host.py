@@ -23,6 +23,7 @@ from djl_wire import HostWire, Reply
 
 SOURCES = Path(__file__).parent / "djl_worker"
 STARTED = "Python engine started."
+NO_LISTENER = "The PMIx server's listener thread failed to start"
 START_TIMEOUT_S = 120
 BUFFER = 4  # SERVING_ROLLING_BATCH_BUFFER of 0.26
 RECOMMENDED = "djl_python.huggingface"
@@ -183,7 +184,15 @@ class DjlHost:
         ]
 
     def start(self) -> None:
-        """Start the group, wait for each rank's marker, connect to all of them."""
+        """Start the group, wait for each rank's marker, connect to all of them. Once more if mpirun itself could not, as now and
+        then on a busy machine: DJL would start the group again, too."""
+        self._launch()
+        if any(NO_LISTENER in line for line in self.lines):
+            self.lines.clear()
+            self._launch()
+        self.connections = [self._connect(rank) for rank in range(self.num_ranks)]
+
+    def _launch(self) -> None:
         self.kill_dangling()
         paths = [self.environment.get("PYTHONPATH", ""), str(self.cache), str(self.model_dir)]
         search = os.pathsep.join([str(Path(sys.executable).parent), self.environment["PATH"]])
@@ -202,7 +211,6 @@ class DjlHost:
         for _ in range(self.num_ranks):
             assert marks.acquire(timeout=START_TIMEOUT_S), "Python process startup time out."
             assert self.process.poll() is None or self.is_mpi, "Python stream closed unexpectedly\n" + "\n".join(self.lines)
-        self.connections = [self._connect(rank) for rank in range(self.num_ranks)]
 
     def _read_lines(self, stream, marks) -> None:
         with stream:
