@@ -152,9 +152,7 @@ __device__ bool narrow(KeyRange &range, DigitSums &sums, Walk walk, Digit digit_
   range.first = static_cast<unsigned>(lowest_key(before, digit_of, found.digit));
   range.last = static_cast<unsigned>(lowest_key(before, digit_of, found.digit + 1) - 1);
   range.below = found.below;
-  const bool is_reached = found.is_reached;
-  __syncthreads(); /* found and sums are used again */
-  return is_reached;
+  return found.is_reached; /* which is written again behind the next digit's barriers */
 }
 
 /* Digits that cut a range into pieces of the same size. */

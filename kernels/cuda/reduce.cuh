@@ -36,7 +36,7 @@ __device__ __forceinline__ T sum_in_block(T value) {
   return join_block(value, [](T a, T b) { return a + b; });
 }
 
-/* What the threads before this one have, and all. */
+/* What the threads before this one have, and all. A barrier must come before the next call. */
 template <class T>
 struct Prefix {
   T before, total;
@@ -62,7 +62,6 @@ __device__ __forceinline__ Prefix<T> prefix_in_block(T value) {
     if (i < warp) prefix.before += parts.of_warp[i];
     prefix.total += parts.of_warp[i];
   }
-  __syncthreads(); /* parts may be used again */
   return prefix;
 }
 

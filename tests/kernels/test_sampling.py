@@ -425,6 +425,14 @@ def test_logprobs_order_ties_by_id(column: str) -> None:
     assert top_values[0, 5] == -INFINITY
 
 
+def test_best_of_neighbouring_numbers_are_told(library: Library) -> None:
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).int()
+    logits = (order + 0x3F800000).view(torch.float32)[None]  # 1.0 and the 99 floats above it
+
+    for top in (1, 2, 7, 20, 64):
+        assert ops.logprobs(logits, ints(0), top)[3].tolist() == [order.argsort(descending=True)[:top].tolist()]
+
+
 def test_logprobs_leave_logits_alone(library: Library) -> None:
     logits = rand(3, 100)
 
