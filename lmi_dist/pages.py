@@ -3,13 +3,17 @@
 import ctypes
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
 
 POPULATE_WRITE = 23  # madvise(2), since Linux 5.14
 PAGE = 4096
-LEAD_BLOCKS = 256  # 4096 tokens
+LEAD_BLOCKS = 256  # 4096 tokens that are there ahead of the steps
+IDLE_BYTES = 1 << 30  # that are there once nobody has stepped for IDLE_S
+IDLE_S = 0.5
+PIECE_BLOCKS = 16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES, LARGEST_KEPT_BYTES = 256 << 20, 32 << 20  # the latter is the most that glibc takes
 REST = 4  # times as long as it works does the thread leave the CPUs to the steps
@@ -19,7 +23,8 @@ _libc = ctypes.CDLL(None)
 
 class PagesAhead:
     """The system clears a page when it is first written, which takes up to 5 ms for a huge one, and a step that comes to new blocks
-    would wait for one of each tensor. A thread asks for those of the next blocks while steps go on, and ends when they are there.
+    would wait for one of each tensor. A thread asks for those of the next blocks while steps go on, and for more while none do; it
+    ends when all are there, or the pool is gone.
 
     parts: the pool's tensors, each [N,...], or none; blocks are taken in ascending order until all have been written once.
     """
@@ -27,28 +32,51 @@ class PagesAhead:
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._parts = parts
         self._num_blocks = len(parts[0]) if parts else 0
-        self._num_asked = 0
-        self.thread: threading.Thread | None = None  # the last one
-        self.reach(0)
+        self._idle_blocks = IDLE_BYTES // (sum(part.nbytes for part in parts) // self._num_blocks) if parts else 0
+        self._num_written = self._num_asked = 0
+        self._stepped_at = time.monotonic()
+        self._needed = threading.Event()
+        weakref.finalize(self, self._needed.set)
+        self.thread = threading.Thread(target=_ask, args=(weakref.ref(self), self._needed), name="kv pages", daemon=True)
+        self.thread.start()
 
     def reach(self, block: int) -> None:
         """A step writes up to this block."""
-        if block + LEAD_BLOCKS // 2 <= self._num_asked or self._num_asked == self._num_blocks:
-            return
-        first, self._num_asked = self._num_asked, min(block + LEAD_BLOCKS, self._num_blocks)
-        self.thread = threading.Thread(target=self._ask, args=(first, self._num_asked), name="kv pages", daemon=True)
-        self.thread.start()
+        self._stepped_at = time.monotonic()
+        self._num_written = max(self._num_written, block + 1)
+        if self._num_written + LEAD_BLOCKS // 2 > self._num_asked:
+            self._needed.set()
 
-    def _ask(self, first: int, end: int) -> None:
-        """Where the system does not know such a wish the pages come as they are written."""
-        madvise = _libc.madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    @property
+    def is_done(self) -> bool:
+        return self._num_asked == self._num_blocks
+
+    def ask(self) -> float | None:
+        """Ask for a piece, if there is one to ask for. Returns for how long to rest; None: until a step needs more."""
+        is_idle = time.monotonic() - self._stepped_at >= IDLE_S
+        idle_end = self._num_written + max(LEAD_BLOCKS, self._idle_blocks)
+        end = min(self._num_blocks, idle_end if is_idle else self._num_written + LEAD_BLOCKS, self._num_asked + PIECE_BLOCKS)
+        if end <= self._num_asked:
+            return IDLE_S if idle_end > self._num_asked else None
+        started = time.perf_counter()
         for part in self._parts:
-            block_bytes = part.nbytes // self._num_blocks
-            begin = (part.data_ptr() + first * block_bytes) // PAGE * PAGE
-            started = time.perf_counter()
-            madvise(begin, part.data_ptr() + end * block_bytes - begin, POPULATE_WRITE)
-            time.sleep(REST * (time.perf_counter() - started))
+            _populate(part[self._num_asked : end])
+        self._num_asked = end
+        return REST * (time.perf_counter() - started)
+
+
+def _ask(pages: "weakref.ref[PagesAhead]", needed: threading.Event) -> None:
+    while (there := pages()) is not None and not there.is_done:
+        rest_s = there.ask()
+        del there  # or it would never be gone
+        needed.wait(rest_s)
+        needed.clear()
+
+
+def _populate(memory: torch.Tensor) -> None:
+    """Where the system does not know such a wish the pages come as they are written."""
+    begin = memory.data_ptr() // PAGE * PAGE
+    _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(memory.data_ptr() + memory.nbytes - begin), POPULATE_WRITE)
 
 
 def keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 import mmap
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -22,40 +23,61 @@ def parts() -> list[torch.Tensor]:
     return [torch.frombuffer(each, dtype=torch.uint8).view(NUM_BLOCKS, BLOCK_BYTES) for each in mappings]
 
 
-def settled(pages: PagesAhead) -> None:
-    assert pages.thread is not None
-    pages.thread.join(60)
-    assert not pages.thread.is_alive()
+def come(parts: list[torch.Tensor], num: int) -> bool:
+    """Whether `num` blocks come to be there, and no more of them than a huge page holds."""
+    deadline = time.monotonic() + 30
+    while min(there(parts)) < num - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    return all(num - 1 <= each < num + HUGE_PAGE_BLOCKS for each in there(parts))
 
 
-def test_pages_are_there_ahead_of_the_blocks_that_are_written(parts: list[torch.Tensor]) -> None:
+def there(parts: list[torch.Tensor]) -> list[int]:
+    return [resident_bytes(part) // BLOCK_BYTES for part in parts]
+
+
+def test_pages_are_there_ahead_of_the_blocks_that_are_written(parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmi_dist.pages.IDLE_S", 3600.0)
     pages = PagesAhead(parts)
-    settled(pages)
-    begun = [resident_bytes(part) // BLOCK_BYTES for part in parts]
+    assert come(parts, LEAD_BLOCKS)
 
-    pages.reach(LEAD_BLOCKS // 2)
-    first = pages.thread
     pages.reach(300)
-    settled(pages)
-    grown = [resident_bytes(part) // BLOCK_BYTES for part in parts]
 
-    assert all(LEAD_BLOCKS - 1 <= num < LEAD_BLOCKS + HUGE_PAGE_BLOCKS for num in begun)
-    assert pages.thread is not first
-    assert all(300 + LEAD_BLOCKS - 1 <= num < 300 + LEAD_BLOCKS + HUGE_PAGE_BLOCKS for num in grown)
+    assert come(parts, 301 + LEAD_BLOCKS)
 
 
-def test_pages_of_the_last_blocks_are_asked_for_once(parts: list[torch.Tensor]) -> None:
+def test_more_pages_come_while_no_step_runs(parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmi_dist.pages.IDLE_S", 0.3)
+    monkeypatch.setattr("lmi_dist.pages.IDLE_BYTES", 400 * len(parts) * BLOCK_BYTES)
+    pages = PagesAhead(parts)
+    assert come(parts, 400)
+
+    pages.reach(399)
+
+    assert come(parts, 800)
+
+
+def test_thread_ends_with_the_last_page(parts: list[torch.Tensor]) -> None:
     parts[0][7, 9] = 3
     pages = PagesAhead(parts)
-    pages.reach(NUM_BLOCKS - 1)
-    settled(pages)
-    last = pages.thread
-    pages.reach(NUM_BLOCKS - 1)
 
-    assert pages.thread is last
+    pages.reach(NUM_BLOCKS - 1)
+    pages.thread.join(60)
+
+    assert not pages.thread.is_alive()
     assert parts[0][7, 9] == 3
     assert not any(part[-1].any() for part in parts)
-    assert all(resident_bytes(part) // BLOCK_BYTES >= NUM_BLOCKS - 1 for part in parts)
+    assert min(there(parts)) >= NUM_BLOCKS - 1
+
+
+def test_thread_ends_with_the_pool(parts: list[torch.Tensor]) -> None:
+    pages = PagesAhead(parts)
+    thread = pages.thread
+
+    del pages
+    thread.join(60)
+
+    assert not thread.is_alive()
 
 
 FAULTS = """
