@@ -101,8 +101,8 @@ def test_engine_takes_what_loading_and_the_largest_step_have_left(
     gpu.total_bytes, gpu.free_bytes, gpu.peak_bytes = 1000 * MEGA, 950 * MEGA, 200 * MEGA
     original = Runner.__init__
 
-    def load(runner: Runner, *args: Any) -> None:
-        original(runner, *args)
+    def load(runner: Runner, *args: Any, **options: Any) -> None:
+        original(runner, *args, **options)
         gpu.free_bytes -= 500 * MEGA + runner.cache.size_bytes  # weights, and the pool of one sequence
 
     monkeypatch.setattr(Runner, "__init__", load)
