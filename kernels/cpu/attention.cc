@@ -1,11 +1,11 @@
 /* Attention over blocks, for prefill and decode alike. Who owns what: a unit is up to 64 rows (a row is one query in one head) of
  * one sequence and one key head, or of several heads where each has few rows; it walks over the tiles of 64 keys that any of its rows
  * sees, a tile in one head after the other, fetches a tile's keys and values once for all of its head's rows (as floats or, at levels
- * with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512
- * keys starts its softmax anew; splits are merged in ascending order. A row's bits depend only on its query and on the keys it sees:
- * each product is added to its own sum in the order of d or of j, four rows side by side in registers or one alone, and a key that a
- * row does not see is not added at all. Where there are few units, each split is a job of its own and the merge follows. Bound by
- * arithmetic in prefill, by the reading of the cache in decode. */
+ * with dot products of bf16, as pairs), and keeps an online softmax per row. A split of 512 keys starts its softmax anew; splits are
+ * merged in ascending order. A row's bits depend only on its query and on the keys it sees: each product is added to its own sum in
+ * the order of d or of j, four rows side by side in registers or one alone, and a key that a row does not see is not added at all.
+ * Where there are few units, each split is a job of its own and the merge follows. Bound by arithmetic in prefill, by the reading of
+ * the cache in decode. */
 #include <atomic>
 
 #include "cpu/attention_tile.h"
@@ -85,7 +85,8 @@ Work cut(const Problem &problem) {
     const int64_t rows = problem.num_queries(b) * problem.group;
     for (int64_t first = 0; first < rows; first += kUnitRows) {
       const int64_t unit_rows = std::min(kUnitRows, rows - first);
-      const int64_t num_heads = std::clamp<int64_t>(most / (problem.num_keys(b) + 1), 1, std::min(problem.num_kv_heads, kUnitRows / unit_rows));
+      const int64_t room = std::min(problem.num_kv_heads, kUnitRows / unit_rows);
+      const int64_t num_heads = std::clamp<int64_t>(most / (problem.num_keys(b) + 1), 1, room);
       for (int64_t end = problem.num_kv_heads; end > 0; end -= num_heads) { /* the first heads' turn comes first: it is the last job's */
         const int64_t head = std::max<int64_t>(0, end - num_heads);
         work.units.push_back({b, head, end - head, first, unit_rows});
