@@ -1,11 +1,11 @@
 /* x times a packed weight, with bias, addend, activation, gate and residual at the end.
  *
- * Rows are taken in blocks, a block in tiles of rows (linear_tiles.h, linear_amx.h) whose x is rewritten in the order in which it is
- * read; threads share the panels, each the same ones at every call. One row is bound by reading the weights: a panel is one run of
- * memory. Many rows are bound by arithmetic: then the inputs are taken in parts, so that a part of a tile's x stays in a near cache
+ * Rows are taken in blocks, a block in tiles of rows (linear_tiles.h, linear_amx.h), most kinds of which rewrite their x in the order in
+ * which they read it; threads share the panels, each the same ones at every call. One row is bound by reading the weights: a panel is one
+ * run of memory. Many rows are bound by arithmetic: then the inputs are taken in parts, so that a part of a tile's x stays in a near cache
  * while a group of panels goes by, and the part of this group stays in the second-level cache while the tiles go by. The sums wait
  * as floats in between, which changes no bits: each output takes its inputs with the same instructions in the same order at any number
- * of rows. */
+ * of rows. What follows the sums is done for a row of a whole group at once. */
 #include <algorithm>
 
 #include "common/memory.h"
@@ -20,7 +20,7 @@ constexpr int64_t kCacheBytes = 768 * 1024; /* of the 1 or 2 MiB that a core's s
 constexpr int64_t kBlockBytes = 6 << 20; /* of x, which goes by once a panel, in a share of the third-level cache */
 constexpr int64_t kAheadBytes = 12 * 1024;  /* what a single tile asks for */
 constexpr int64_t kFewTiles = 4; /* whose x may come from the second-level cache at each panel */
-constexpr int64_t kFewTilesInputs = 512; /* at most */
+constexpr int64_t kFewTilesInputs = 1024, kFewTilesPanels = 2; /* then at most, of a part and of a group */
 
 /* Up to Tiles::kBlockRows rows of x times the whole weight. */
 template <class Tiles>
@@ -32,24 +32,40 @@ class Block {
         first_row_(first_row),
         num_rows_(num_rows),
         num_tiles_((num_rows + Tiles::kMaxRows - 1) / Tiles::kMaxRows),
-        tile_rows_((num_rows + num_tiles_ - 1) / num_tiles_),
-        tile_bytes_(Tiles::x_bytes(Tiles::width(tile_rows_), args.in_features)),
-        x_(reinterpret_cast<char *>(kept_floats(Purpose::kInputs, num_tiles_ * tile_bytes_ / 4))) {}
+        tile_rows_((num_rows + num_tiles_ - 1) / num_tiles_) {
+    if constexpr (!Tiles::kInPlace) read();
+  }
 
   void run() {
-    parallel_for(num_tiles_, rows_a_share(tile_bytes_ / 4), [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) Tiles::read(args_.x, first_row_ + tile * tile_rows_, rows_of(tile), x_of(tile));
-    });
     const int64_t panel_work = num_rows_ * args_.in_features * kPanel / 8;
     parallel_for(layout_.num_panels, rows_a_share(panel_work), [&](int64_t begin, int64_t end) { multiply(begin, end); });
   }
 
  private:
+  /* Rewrites x, tile after tile. */
+  void read() {
+    tile_bytes_ = Tiles::x_bytes(Tiles::width(tile_rows_), args_.in_features);
+    x_ = reinterpret_cast<char *>(kept_floats(Purpose::kInputs, num_tiles_ * tile_bytes_ / 4));
+    parallel_for(num_tiles_, rows_a_share(tile_bytes_ / 4), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) Tiles::read(args_.x, row_of(tile), rows_of(tile), x_ + tile * tile_bytes_);
+    });
+  }
+
+  TileInput x_of(int64_t tile, int64_t first_input) const {
+    if constexpr (Tiles::kInPlace) {
+      const int64_t number_bytes = bytes_of(args_.x.dtype);
+      const char *row = static_cast<const char *>(at(args_.x, row_of(tile)));
+      return {row + first_input * number_bytes, args_.x.stride[0] * number_bytes};
+    } else {
+      return {x_ + tile * tile_bytes_ + Tiles::x_bytes(Tiles::width(rows_of(tile)), first_input), 0};
+    }
+  }
+
   /* Panels [begin, end): in groups, a group part by part. */
   void multiply(int64_t begin, int64_t end) const {
     Tiles tiles;
     const int64_t part = part_inputs(), group = panels_a_group(part);
-    float *y = kept_floats(Purpose::kSums, group * num_tiles_ * kTileFloats);
+    float *y = kept_floats(Purpose::kSums, group * num_waiting(part) * kTileFloats);
     for (int64_t first = begin; first < end; first += group) {
       const int64_t last = std::min(end, first + group);
       for (int64_t e = 0; e < args_.in_features; e += part) {
@@ -63,21 +79,38 @@ class Block {
     const bool is_last = inputs.first + inputs.num == args_.in_features;
     for (int64_t tile = 0; tile < num_tiles_; ++tile) {
       const int64_t width = Tiles::width(rows_of(tile));
-      const char *x = x_of(tile) + Tiles::x_bytes(width, inputs.first);
+      const TileInput x = x_of(tile, inputs.first);
+      float *sums = y + (inputs.num < args_.in_features ? tile : 0) * (last - first) * kTileFloats;
       for (int64_t panel = first; panel < last; ++panel) {
-        float *sums = y + ((panel - first) * num_tiles_ + tile) * kTileFloats;
-        const char *next = is_last ? weights_of(panel + last - first) : weights_of(panel) + bytes_before(inputs.first + inputs.num);
-        tiles.multiply(width, weights_of(panel), layout_, inputs, x, sums, slice_of(tile, next, inputs));
-        if (is_last) finish_panel(args_, sums, first_row_ + tile * tile_rows_, rows_of(tile), panel);
+        const Next next = next_of(tile, panel, is_last ? panel + last - first : panel, inputs);
+        tiles.multiply(width, weights_of(panel), layout_, inputs, x, place_of(sums, panel - first, last - first), next);
       }
+      if (is_last) finish(tile, first, last, sums);
     }
   }
+
+  /* Of a tile's sums with so many panels, [row][panel][32], the one panel's. Gates come before what they meet. */
+  SumsPlace place_of(float *sums, int64_t panel, int64_t num_panels) const {
+    float *low = sums + panel * outputs_a_panel();
+    return {low, low + (args_.gated ? num_panels : 1) * kHalf, num_panels * kPanel};
+  }
+
+  void finish(int64_t tile, int64_t first_panel, int64_t last_panel, float *sums) const {
+    const int64_t first = first_panel * outputs_a_panel(), num = std::min(last_panel * outputs_a_panel(), args_.out.size[1]) - first;
+    const int64_t num_panels = last_panel - first_panel;
+    for (int64_t row = 0; row < rows_of(tile); ++row, sums += num_panels * kPanel) {
+      finish_row(args_, sums, sums + num_panels * kHalf, row_of(tile) + row, first, num);
+    }
+  }
+
+  int64_t outputs_a_panel() const { return args_.gated ? kHalf : kPanel; }
 
   /* What a tile asks for while it multiplies: of what is next in the panel's place, be it its next part or the first part of another
    * panel, a slice each. A single tile reads on and on: it asks for what stands a little further, across the 4 KiB where hardware
    * stops to look ahead. */
-  Next slice_of(int64_t tile, const char *next, Inputs inputs) const {
-    if (num_tiles_ == 1) return {next - layout_.panel_bytes + kAheadBytes, layout_.column_bytes};
+  Next next_of(int64_t tile, int64_t panel, int64_t next_panel, Inputs inputs) const {
+    if (num_tiles_ == 1) return {weights_of(panel) + kAheadBytes, layout_.column_bytes};
+    const char *next = weights_of(next_panel) + (next_panel == panel ? bytes_before(inputs.first + inputs.num) : 0);
     return {next + bytes_before(inputs.num) / num_tiles_ * tile, layout_.column_bytes / num_tiles_};
   }
 
@@ -90,25 +123,31 @@ class Block {
     return layout_.num_groups == 1 ? part : std::max<int64_t>(1, part / layout_.group_inputs) * layout_.group_inputs;
   }
 
+  /* Tiles whose sums are there at a time: of parts all wait for the next one. */
+  int64_t num_waiting(int64_t part) const { return part < args_.in_features ? num_tiles_ : 1; }
+
   int64_t panels_a_group(int64_t part) const {
-    if (num_tiles_ <= kFewTiles) return 1;
-    return std::max<int64_t>(1, kCacheBytes / (2 * bytes_before(std::min(part, args_.in_features)) + num_tiles_ * kTileFloats * 4));
+    if (num_tiles_ == 1) return kMostPanels;
+    if (num_tiles_ <= kFewTiles) return kFewTilesPanels;
+    const int64_t sums_bytes = num_waiting(part) * kTileFloats * 4, part_bytes = bytes_before(std::min(part, args_.in_features));
+    return std::clamp<int64_t>(kCacheBytes / (2 * part_bytes + sums_bytes), 1, kMostPanels);
   }
 
+  int64_t row_of(int64_t tile) const { return first_row_ + tile * tile_rows_; }
   int64_t rows_of(int64_t tile) const { return std::min(tile_rows_, num_rows_ - tile * tile_rows_); }
-  char *x_of(int64_t tile) const { return x_ + tile * tile_bytes_; }
   const char *weights_of(int64_t panel) const { return static_cast<const char *>(args_.packed.data) + panel * layout_.panel_bytes; }
 
   static constexpr int64_t kTileFloats = Tiles::kMaxRows * kPanel;
   const lmi_linear_args &args_;
   const PanelLayout &layout_;
-  const int64_t first_row_, num_rows_, num_tiles_, tile_rows_, tile_bytes_;
-  char *const x_; /* tile after tile */
+  const int64_t first_row_, num_rows_, num_tiles_, tile_rows_;
+  int64_t tile_bytes_ = 0;
+  char *x_ = nullptr; /* rewritten, tile after tile */
 };
 
 template <class Tiles>
 void multiply_with(const lmi_linear_args &args, const PanelLayout &layout) {
-  const int64_t num_rows = args.x.size[0], most = std::min(Tiles::kBlockRows, kBlockBytes / Tiles::x_bytes(1, args.in_features) + 1);
+  const int64_t num_rows = args.x.size[0], most = std::min(Tiles::kBlockRows, kBlockBytes / (2 * args.in_features) + 1);
   const int64_t num_blocks = std::max<int64_t>(1, (num_rows + most - 1) / most), rows = (num_rows + num_blocks - 1) / num_blocks;
   for (int64_t first = 0; first < num_rows; first += rows) {
     Block<Tiles>(args, layout, first, std::min(rows, num_rows - first)).run();

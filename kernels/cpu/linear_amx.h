@@ -12,6 +12,7 @@ namespace {
  * x: [steps of 32 inputs][rows][32], inputs beyond the last one 0. */
 class AmxTiles {
  public:
+  static constexpr bool kInPlace = false;
   static constexpr int64_t kMaxRows = 32, kPartInputs = 512; /* a tile's x in the first-level cache */
   static constexpr int64_t kBlockRows = 512;                 /* their x in the second-level cache */
 
@@ -35,19 +36,19 @@ class AmxTiles {
     }
   }
 
-  void multiply(int64_t width, const char *panel, const PanelLayout &, Inputs inputs, const char *x, float *y, Next next) {
+  void multiply(int64_t width, const char *panel, const PanelLayout &, Inputs inputs, const TileInput &x,
+                const SumsPlace &y, Next next) {
     tiles_.configure(std::min<int64_t>(width, 16));
     const char *weights = panel + inputs.first / kStep * kWeightBytes;
     const int64_t num_steps = (inputs.num + kStep - 1) / kStep;
     with_lines(next.step, [&](auto lines) {
-      if (width == kMaxRows) multiply_32<lines>(weights, num_steps, x, y, inputs.first == 0, next);
-      else multiply_16<lines>(weights, num_steps, x, width * 2 * kStep, y, inputs.first == 0, next);
+      if (width == kMaxRows) multiply_32<lines>(weights, num_steps, x.data, y, inputs.first == 0, next);
+      else multiply_16<lines>(weights, num_steps, x.data, width * 2 * kStep, y, inputs.first == 0, next);
     });
   }
 
  private:
   static constexpr int64_t kStep = kTileInputs, kWeightBytes = 2 * kStep * kPanel;
-  static constexpr int64_t kRowBytes = 4 * kPanel, kLower = 16 * kPanel; /* of y, and where its rows 16 to 31 begin */
 
   /* fn(std::integral_constant) of the lines that a step asks for: as many as it takes, or a few more. A loop over them would take
    * longer than the products beside it. */
@@ -70,17 +71,17 @@ class AmxTiles {
 
   /* Weights pass by the first-level cache, where x stays. */
   template <int kLines>
-  static void multiply_32(const char *weights, int64_t num_steps, const char *x, float *y, bool is_first, Next next) {
+  static void multiply_32(const char *weights, int64_t num_steps, const char *x, const SumsPlace &y, bool is_first, Next next) {
     if (is_first) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
     } else {
-      _tile_loadd(0, y, kRowBytes);
-      _tile_loadd(1, y + kHalf, kRowBytes);
-      _tile_loadd(2, y + kLower, kRowBytes);
-      _tile_loadd(3, y + kLower + kHalf, kRowBytes);
+      _tile_loadd(0, y.low, 4 * y.stride);
+      _tile_loadd(1, y.high, 4 * y.stride);
+      _tile_loadd(2, y.low + 16 * y.stride, 4 * y.stride);
+      _tile_loadd(3, y.high + 16 * y.stride, 4 * y.stride);
     }
     for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += kMaxRows * 64) {
       ask<kLines>(next);
@@ -93,20 +94,21 @@ class AmxTiles {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, y, kRowBytes);
-    _tile_stored(1, y + kHalf, kRowBytes);
-    _tile_stored(2, y + kLower, kRowBytes);
-    _tile_stored(3, y + kLower + kHalf, kRowBytes);
+    _tile_stored(0, y.low, 4 * y.stride);
+    _tile_stored(1, y.high, 4 * y.stride);
+    _tile_stored(2, y.low + 16 * y.stride, 4 * y.stride);
+    _tile_stored(3, y.high + 16 * y.stride, 4 * y.stride);
   }
 
   template <int kLines>
-  static void multiply_16(const char *weights, int64_t num_steps, const char *x, int64_t step_bytes, float *y, bool is_first, Next next) {
+  static void multiply_16(const char *weights, int64_t num_steps, const char *x, int64_t step_bytes, const SumsPlace &y, bool is_first,
+                          Next next) {
     if (is_first) {
       _tile_zero(0);
       _tile_zero(1);
     } else {
-      _tile_loadd(0, y, kRowBytes);
-      _tile_loadd(1, y + kHalf, kRowBytes);
+      _tile_loadd(0, y.low, 4 * y.stride);
+      _tile_loadd(1, y.high, 4 * y.stride);
     }
     for (int64_t step = 0; step < num_steps; ++step, weights += kWeightBytes, x += step_bytes) {
       ask<kLines>(next);
@@ -116,8 +118,8 @@ class AmxTiles {
       _tile_loadd(7, weights + 64, 128);
       _tile_dpbf16ps(1, 4, 7);
     }
-    _tile_stored(0, y, kRowBytes);
-    _tile_stored(1, y + kHalf, kRowBytes);
+    _tile_stored(0, y.low, 4 * y.stride);
+    _tile_stored(1, y.high, 4 * y.stride);
   }
 
   ThreadTiles<false> tiles_;

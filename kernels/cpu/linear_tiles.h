@@ -5,10 +5,11 @@
  *   kMaxRows, kBlockRows   rows of a tile and of a block at most
  *   kPartInputs            inputs that many tiles take at a time
  *   width(num_rows)        rows that a tile of so many takes up
+ *   kInPlace               x is read where it is; otherwise
  *   x_bytes(width, num)    bytes of so many inputs of a tile, as `read` writes them
  *   read(x, first, num_rows, to)   rows first .. first+num_rows-1 of x as a tile
- *   multiply(width, panel, layout, inputs, x, y, next)   y[row][0..31] (+)= sum over `inputs` of x w; y is taken as 0 if the first
- *                          input is 0. x points at the first of the inputs
+ *   multiply(width, panel, layout, inputs, x, y, next)   y (+)= sum over `inputs` of x w; y is taken as 0 if the first input is 0.
+ *                          x points at the first of the inputs
  * An object is what one thread multiplies with for a while. */
 #pragma once
 #include <algorithm>
@@ -25,6 +26,18 @@ namespace {
 /* Some of a weight's inputs: whole columns, and whole groups if there are several. */
 struct Inputs {
   int64_t first, num;
+};
+
+/* A tile's x, from the first of some inputs on: as `read` wrote it, or as it was given, `stride` bytes from row to row. */
+struct TileInput {
+  const char *data;
+  int64_t stride;
+};
+
+/* Where a tile's sums with one panel lie: a row's 16 of each half, and how many floats it is to the next row's. */
+struct SumsPlace {
+  float *low, *high;
+  int64_t stride;
 };
 
 #if defined(__AVX512F__)
@@ -50,19 +63,19 @@ struct Sums {
   Vector low[kRows], high[kRows];
 
   /* With the sums so far, if there are any. */
-  void start(const float *y, bool is_first) {
+  void start(const SumsPlace &y, bool is_first) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      low[row] = is_first ? Vector{} : load(y + row * kPanel);
-      high[row] = is_first ? Vector{} : load(y + row * kPanel + kHalf);
+      low[row] = is_first ? Vector{} : load(y.low + row * y.stride);
+      high[row] = is_first ? Vector{} : load(y.high + row * y.stride);
     }
   }
 
-  void write(float *y) const {
+  void write(const SumsPlace &y) const {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      store(y + row * kPanel, low[row]);
-      store(y + row * kPanel + kHalf, high[row]);
+      store(y.low + row * y.stride, low[row]);
+      store(y.high + row * y.stride, high[row]);
     }
   }
 
@@ -75,12 +88,13 @@ struct Sums {
   }
 
 #if defined(__AVX512BF16__)
-  /* x: two inputs a word. The products of a pair are added one after the other, rounded like a multiply-add. */
-  void add_dots(const uint32_t *x, const uint32_t *column) {
+  /* pair_of(row): two inputs of x. Their products are added one after the other, rounded like a multiply-add. */
+  template <class Function>
+  void add_dots(const uint32_t *column, Function pair_of) {
     const __m512bh w_low = (__m512bh)load(column), w_high = (__m512bh)load(column + kHalf);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[row]));
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_of(row)));
       low[row] = (Vector)_mm512_dpbf16_ps((__m512)low[row], pair, w_low);
       high[row] = (Vector)_mm512_dpbf16_ps((__m512)high[row], pair, w_high);
     }
@@ -88,22 +102,16 @@ struct Sums {
 #endif
 };
 
-/* Widths that a tile is compiled for: of what several tiles share out, 7 to 12 rows each, all. */
-inline int64_t vector_width(int64_t num_rows) {
-  for (const int64_t width : {1, 2, 4, 6, 7, 8, 9, 10, 11}) {
-    if (num_rows <= width && width <= kMaxTileRows) return width;
-  }
-  return kMaxTileRows;
-}
-
 /* fn(std::integral_constant) of a width. */
 template <class Function>
 void with_width(int64_t width, Function fn) {
   switch (width) {
     case 1: return fn(std::integral_constant<int, 1>());
     case 2: return fn(std::integral_constant<int, 2>());
+    case 3: return fn(std::integral_constant<int, 3>());
 #if defined(__AVX512F__)
     case 4: return fn(std::integral_constant<int, 4>());
+    case 5: return fn(std::integral_constant<int, 5>());
     case 6: return fn(std::integral_constant<int, 6>());
     case 7: return fn(std::integral_constant<int, 7>());
     case 8: return fn(std::integral_constant<int, 8>());
@@ -118,32 +126,35 @@ void with_width(int64_t width, Function fn) {
 /* x and weights as floats; x: [inputs][width]. Each output is one sum that takes its inputs in ascending order, a multiply-add each. */
 template <class Columns>
 struct FloatTiles {
+  static constexpr bool kInPlace = false;
   static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 256, kPartInputs = 512;
-  static int64_t width(int64_t num_rows) { return vector_width(num_rows); }
+  static int64_t width(int64_t num_rows) { return num_rows; }
   static int64_t x_bytes(int64_t width, int64_t num_inputs) { return 4 * width * num_inputs; }
 
   static void read(const lmi_tensor &x, int64_t first, int64_t num_rows, char *to) {
-    const int64_t num_inputs = x.size[1], num = width(num_rows);
+    const int64_t num_inputs = x.size[1];
     Floats values(num_inputs);
-    for (int64_t row = 0; row < num; ++row) {
-      if (row < num_rows) read_row(x, first + row, values);
-      else std::fill_n(static_cast<float *>(values), num_inputs, 0.0f);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      read_row(x, first + row, values);
       float *column = reinterpret_cast<float *>(to) + row;
-      for (int64_t e = 0; e < num_inputs; ++e) column[e * num] = values[e];
+      for (int64_t e = 0; e < num_inputs; ++e) column[e * num_rows] = values[e];
     }
   }
 
-  static void multiply(int64_t width, const char *panel, const PanelLayout &layout, Inputs inputs, const char *x, float *y, Next next) {
+  static void multiply(int64_t width, const char *panel, const PanelLayout &layout, Inputs inputs, const TileInput &x,
+                       const SumsPlace &y, Next next) {
     with_width(width, [&](auto rows) {
       for (int lane = 0; lane < kHalf; lane += kLanes) {
-        add_inputs<rows>(panel, layout, inputs, reinterpret_cast<const float *>(x), lane, y + lane, next);
+        const SumsPlace lanes = {y.low + lane, y.high + lane, y.stride};
+        add_inputs<rows>(panel, layout, inputs, reinterpret_cast<const float *>(x.data), lane, lanes, next);
       }
     });
   }
 
  private:
   template <int kRows>
-  static void add_inputs(const char *panel, const PanelLayout &layout, Inputs inputs, const float *x, int lane, float *y, Next next) {
+  static void add_inputs(const char *panel, const PanelLayout &layout, Inputs inputs, const float *x, int lane, const SumsPlace &y,
+                         Next next) {
     Sums<kRows> sums;
     sums.start(y, inputs.first == 0);
     for (int64_t e = inputs.first, end = inputs.first + inputs.num; e < end;) {
@@ -172,37 +183,53 @@ struct FloatTiles {
 };
 
 #if defined(__AVX512BF16__)
-/* bf16 by dot products of two inputs; x: [pairs of inputs][width]. */
+/* bf16 by dot products of two inputs; x stays where it is. */
 struct DotTiles {
-  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 1024, kPartInputs = 2048;
-  static int64_t width(int64_t num_rows) { return vector_width(num_rows); }
-  static int64_t x_bytes(int64_t width, int64_t num_inputs) { return 4 * width * ((num_inputs + 1) / 2); }
+  static constexpr bool kInPlace = true;
+  static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 1024, kPartInputs = 4096;
+  static int64_t width(int64_t num_rows) { return num_rows; }
 
-  static void read(const lmi_tensor &x, int64_t first, int64_t num_rows, char *to) {
-    const int64_t num = width(num_rows), num_pairs = (x.size[1] + 1) / 2;
-    uint32_t *words = reinterpret_cast<uint32_t *>(to);
-    std::fill_n(words, num * num_pairs, 0u);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const char *from = static_cast<const char *>(at(x, first + row));
-      uint32_t *word = words + row;
-      for (int64_t pair = 0; pair < x.size[1] / 2; ++pair) std::memcpy(word + pair * num, from + 4 * pair, 4);
-      if (x.size[1] % 2) std::memcpy(word + (num_pairs - 1) * num, from + 4 * (num_pairs - 1), 2);
-    }
-  }
-
-  static void multiply(int64_t width, const char *panel, const PanelLayout &layout, Inputs inputs, const char *x, float *y, Next next) {
-    const char *column = panel + inputs.first / 2 * layout.column_bytes;
+  static void multiply(int64_t width, const char *panel, const PanelLayout &layout, Inputs inputs, const TileInput &x,
+                       const SumsPlace &y, Next next) {
     with_width(width, [&](auto rows) {
       Sums<rows> sums;
       sums.start(y, inputs.first == 0);
-      const uint32_t *pairs = reinterpret_cast<const uint32_t *>(x);
-      for (int64_t e = 0; e < inputs.num; e += 2, column += 128, pairs += rows) {
+      RowPairs<rows> pairs(x);
+      const char *column = panel + inputs.first / 2 * layout.column_bytes;
+      for (int64_t e = 0; e + 2 <= inputs.num; e += 2, column += 128) {
         next.ask();
-        sums.add_dots(pairs, reinterpret_cast<const uint32_t *>(column));
+        sums.add_dots(reinterpret_cast<const uint32_t *>(column), [&](int row) { return pairs.at(row, e); });
+      }
+      if (inputs.num % 2) {
+        sums.add_dots(reinterpret_cast<const uint32_t *>(column), [&](int row) { return pairs.last(row, inputs.num - 1); });
       }
       sums.write(y);
     });
   }
+
+ private:
+  /* Rows of x, by a pointer to each third: more would not have a register each. */
+  template <int kRows>
+  struct RowPairs {
+    const char *third[(kRows + 2) / 3];
+    int64_t stride;
+
+    explicit RowPairs(const TileInput &x) : stride(x.stride) {
+      for (int i = 0; i < (kRows + 2) / 3; ++i) third[i] = x.data + 3 * i * stride;
+    }
+    const char *of(int row, int64_t input) const { return third[row / 3] + row % 3 * stride + 2 * input; }
+    uint32_t at(int row, int64_t input) const {
+      uint32_t pair;
+      std::memcpy(&pair, of(row, input), 4);
+      return pair;
+    }
+    /* An input without a second one. */
+    uint32_t last(int row, int64_t input) const {
+      uint16_t number;
+      std::memcpy(&number, of(row, input), 2);
+      return number;
+    }
+  };
 };
 #endif
 
