@@ -29,19 +29,43 @@ inline char *chunk_of_values(const lmi_tensor &cache, int64_t block, int64_t hea
   return static_cast<char *>(at(cache, block, head)) + place * cache.size[3] * bytes_of(cache.dtype);
 }
 
-/* One token's numbers of a head, as they are, to their places. */
+/* Numbers of a head for consecutive places of a block: `num` tokens, `stride` numbers from one to the next. */
 template <class Number>
-void put_key(const lmi_tensor &cache, int64_t block, int64_t head, int64_t place, const Number *from) {
-  Number *to = static_cast<Number *>(at(cache, block, head)) + 2 * place;
-  for (int64_t d = 0; d < cache.size[3]; d += 2, to += 2 * cache.size[2]) {
-    to[0] = from[d];
-    to[1] = from[d + 1];
+struct Run {
+  const Number *from;
+  int64_t num, stride;
+};
+
+/* A run's numbers as they are to their places, from `place` on. */
+template <class Number>
+void put_keys(const lmi_tensor &cache, int64_t block, int64_t head, int64_t place, const Run<Number> &run) {
+  struct Pair {
+    Number of[2];
+  };
+  Pair *const to = reinterpret_cast<Pair *>(static_cast<Number *>(at(cache, block, head)) + 2 * place);
+  for (int64_t token = 0; token < run.num; ++token) {
+    const Pair *from = reinterpret_cast<const Pair *>(run.from + token * run.stride);
+    for (int64_t pair = 0; pair < cache.size[3] / 2; ++pair) to[pair * cache.size[2] + token] = from[pair];
   }
 }
 template <class Number>
-void put_value(const lmi_tensor &cache, int64_t block, int64_t head, int64_t place, const Number *from) {
-  Number *to = static_cast<Number *>(at(cache, block, head)) + place / 2 * 2 * cache.size[3] + place % 2;
-  for (int64_t d = 0; d < cache.size[3]; ++d) to[2 * d] = from[d];
+void put_values(const lmi_tensor &cache, int64_t block, int64_t head, int64_t place, const Run<Number> &run) {
+  const int64_t size = cache.size[3];
+  Number *const values = static_cast<Number *>(at(cache, block, head));
+  for (int64_t token = 0; token < run.num; ++token) {
+    const Number *from = run.from + token * run.stride;
+    Number *to = values + (place + token) / 2 * 2 * size + (place + token) % 2;
+    if ((place + token) % 2 == 1 || token + 1 == run.num) {
+      for (int64_t d = 0; d < size; ++d) to[2 * d] = from[d];
+      continue;
+    }
+    const Number *second = from + run.stride;
+    for (int64_t d = 0; d < size; ++d) {
+      to[2 * d] = from[d];
+      to[2 * d + 1] = second[d];
+    }
+    ++token;
+  }
 }
 
 inline void check_order(const char *name, const lmi_tensor &cache) {

@@ -94,6 +94,22 @@ def test_fp8_cache_is_written_as_the_twin_does(library: Library, dtype: torch.dt
     assert all(same_bits(arguments[name], twins[name]) for name in ("k", "v", "k_cache", "v_cache"))
 
 
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, FP8])
+def test_prompts_are_written_as_single_tokens_are(library: Library, cache: torch.dtype) -> None:
+    """Slots that follow one another are written together: from an odd and an even place, up to a block's end and beyond."""
+    slots = torch.tensor([*range(3, 40), *range(64, 66), *range(83, 84), *range(100, 150), -1, *range(6 * BLOCK, 6 * BLOCK + 2)])
+    dtype = torch.float32 if cache == torch.float32 else torch.bfloat16
+    together = case(len(slots), 3, 2, 24, 12, dtype, cache) | {"slots": slots.int()}
+    together |= {name: rand(10, 2, BLOCK, 24, dtype=cache, seed=3) for name in ("k_cache", "v_cache")}
+    alone = copied(together)
+
+    ops.rotary(**together)
+    for token in range(len(slots)):
+        ops.rotary(**alone | {name: alone[name][token : token + 1] for name in ("q", "k", "v", "rows", "slots")})
+
+    assert all(same_bits(together[name], alone[name]) for name in ("q", "k", "k_cache", "v_cache"))
+
+
 def test_turned_keys_go_to_fp8(library: Library) -> None:
     turned, plain = case(33, 6, 6, 80, 20, torch.bfloat16, FP8), case(33, 6, 6, 80, 20, torch.bfloat16)
 
