@@ -58,8 +58,8 @@ void write_rows(const Problem &problem, const Unit &unit, const States &states) 
   const lmi_tensor &out = problem.args.out;
   for_rows(problem, unit, [&](int64_t row, int64_t query, int64_t head) {
     float *values = states.values + row * problem.padded;
-    const float sum = states.sum[row] == 0.0f ? 1.0f : states.sum[row]; /* a row without keys gives 0 */
-    for (int64_t d = 0; d < problem.size; ++d) values[d] = values[d] / sum * problem.v_scale;
+    const float factor = states.sum[row] == 0.0f ? 1.0f : problem.v_scale / states.sum[row]; /* a row without keys gives 0 */
+    for (int64_t d = 0; d < problem.size; ++d) values[d] *= factor;
     write_floats(values, out.dtype, problem.size, at(out, problem.start(unit.sequence) + query, head));
   });
 }
@@ -121,13 +121,13 @@ void attend_units(const Problem &problem, const Work &work) {
   share_out<Numbers>(problem, work, work.units.size(), [&](int64_t job, int64_t likely, Scratch<Numbers> &scratch) {
     const Unit &unit = work.units[static_cast<size_t>(job)];
     States total(scratch.total, work.unit_rows), part(scratch.part, work.unit_rows);
-    total.clear(unit.num_rows(), problem.padded);
     read_queries(problem, unit, scratch);
     const Range splits = splits_of(problem, unit);
     for (int64_t split = splits.first; split < splits.last; ++split) {
       const bool is_last = split + 1 == splits.last;
-      attend_split(problem, unit, split, is_last ? begin_of_unit(likely) : begin_of(problem, unit, split + 1), scratch, part);
-      merge(total, part, unit.num_rows(), problem.padded);
+      const Place following = is_last ? begin_of_unit(likely) : begin_of(problem, unit, split + 1);
+      attend_split(problem, unit, split, following, scratch, split == splits.first ? total : part);
+      if (split > splits.first) merge(total, part, unit.num_rows(), problem.padded);
     }
     write_rows(problem, unit, total);
   });

@@ -16,16 +16,17 @@ struct AmxNumbers : HalvesRead<AmxNumbers> {
   static constexpr int64_t kGroup = 16, kRows = kUnitRows, kFew = kTile / 2; /* few: the values that one row sees */
   using Tools = ThreadTiles<true>;
 
-  static Weighed weigh(const float *scores, Range keys, float max_before, uint32_t *weights) {
+  static void weigh(float *scores, int64_t num_rows, float scale, const Range *seen, float *max, float *sums, uint32_t *weights) {
 #if defined(__AVX512BF16__)
-    return PairNumbers::weigh(scores, keys, max_before, weights);
+    PairNumbers::weigh(scores, num_rows, scale, seen, max, sums, weights);
 #else
-    float own[kTile], exact[kTile];
-    std::copy_n(scores, kTile, own);
-    const float max = FloatNumbers::weigh(own, keys, max_before, exact).max;
-    round_floats(exact, LMI_BF16, kTile);
-    write_floats(exact, LMI_BF16, kTile, weights);
-    return {max, sum_of(exact)};
+    for (int64_t row = 0; row < num_rows; ++row) {
+      float exact[kTile];
+      FloatNumbers::weigh(scores + row * kTile, 1, scale, seen + row, max + row, sums + row, exact);
+      round_floats(exact, LMI_BF16, kTile);
+      write_floats(exact, LMI_BF16, kTile, weights + row * (kTile / 2));
+      sums[row] = sum_of(exact);
+    }
 #endif
   }
 

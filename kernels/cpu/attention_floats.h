@@ -4,10 +4,10 @@
  * kTogether of them, kRows rows are taken side by side, Tools is what a thread needs for it, and, with `padded` for D filled up to a
  * multiple of kPad,
  *   queries  [rows][padded / kTogether]     keys     [D / kTogether][64], transposed
- *   values   [64 / kTogether][padded]       weights  [kRows][64 / kTogether]
+ *   values   [64 / kTogether][padded]       weights  [rows][64 / kTogether]
  *   read_query, read_keys, read_values      fill these; keys and values that are not there become anything: no row sees them
- *   weigh(scores, keys, max, weights)       weights := exp(scores - greatest), 0 outside of the range `keys`; gives the sum of the
- *                                           weights and the greatest of max and the scores in it. scores are scratch
+ *   weigh(scores, num_rows, scale, seen, max, sums, weights)   max := the greatest of max and of the scaled scores of the keys that a row
+ *                                           sees; weights := exp(scale * scores - max), else 0; sums := theirs. scores are scratch
  *   score_rows<Rows>   scores[r,j] = sum_d queries[r,d] keys[d,j]                  d ascending
  *   add_values<Rows>   sums[r,:] += sum_j weights[r,j] values[j,:]                 j ascending in a range of keys
  *   whole(keys)        the part of a range that several rows may add together
@@ -115,12 +115,14 @@ struct FloatNumbers {
     return maxima[0];
   }
 
-  static Weighed weigh(float *scores, Range keys, float max_before, float *weights) {
-    std::fill_n(scores, keys.first, kNever);
-    std::fill(scores + keys.last, scores + kTile, kNever);
-    const float max = max_of(scores, max_before);
-    for (int j = 0; j < kTile; ++j) weights[j] = exp_of(scores[j] - max);
-    return {max, sum_of(weights)};
+  static void weigh(float *scores, int64_t num_rows, float scale, const Range *seen, float *max, float *sums, float *weights) {
+    for (int64_t row = 0; row < num_rows; ++row, scores += kTile, weights += kTile) {
+      const auto is_seen = [&](int j) { return j >= seen[row].first && j < seen[row].last; };
+      for (int j = 0; j < kTile; ++j) scores[j] = is_seen(j) ? scores[j] * scale : kNever;
+      max[row] = max_of(scores, max[row]);
+      for (int j = 0; j < kTile; ++j) weights[j] = is_seen(j) ? exp_of(scores[j] - max[row]) : 0.0f;
+      sums[row] = sum_of(weights);
+    }
   }
 
   static Range whole(Range keys) { return keys; }

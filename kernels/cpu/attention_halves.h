@@ -15,7 +15,7 @@ inline __mmask32 first_of_32(int64_t num) { return num >= 32 ? ~0u : num <= 0 ? 
 
 struct Halves16 {
   static void copy(const char *from, int64_t num, uint32_t *to) {
-    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first_of_32(num), from));
+    _mm512_storeu_si512(to, num >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(first_of_32(num), from));
   }
 };
 
@@ -58,8 +58,7 @@ struct HalvesRead {
 
   /* Up to a multiple of kPad, the last ones 0. */
   static void read_query(const void *q, int32_t, int64_t size, uint32_t *to) {
-    std::fill_n(to + size / 2, (kPad - size % kPad) % kPad / 2, 0u);
-    std::memcpy(to, q, static_cast<size_t>(2 * size));
+    for (int64_t i = 0; i < size; i += kPad) Halves16::copy(static_cast<const char *>(q) + 2 * i, size - i, to + i / 2);
   }
 
   static void read_keys(const Problem &problem, const TileChunks &chunks, Scratch<Numbers> &scratch, TileCache &next) {

@@ -53,11 +53,6 @@ struct Row {
   Range seen;
 };
 
-/* Of a row's scores in a tile, with those before: the greatest; and what the tile's weights come to. */
-struct Weighed {
-  float max, sum;
-};
-
 /* Where the words of a tile lie, a line at a time: of each chunk its first line, and how far it is to the next. */
 struct TileLines {
   const uint32_t *of[kTile / kChunk];
@@ -75,20 +70,20 @@ struct Scratch {
   Row *about;              /* this and queries: from the row on that was turned to */
   Word *queries, *keys, *values, *weights;
   TileLines key_lines, value_lines; /* in keys and values or in the cache itself; numbers that come two in a word */
-  float *few, *scores, *part, *total; /* some numbers on their way, some rows' scores [kRows][64], two units' states */
+  float *few, *scores, *part, *total; /* some numbers on their way, scores [rows][64], two units' states */
   typename Numbers::Tools tools;
 
   Scratch(const Problem &problem, int64_t unit_rows) : row_words(problem.padded / Numbers::kTogether) {
     const int64_t padded = problem.padded, states = States::floats(unit_rows, padded);
-    const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + Numbers::kRows * kWords;
+    const int64_t words = unit_rows * row_words + kTile * row_words + kWords * padded + unit_rows * kWords;
     queries = queries_ = reinterpret_cast<Word *>(
-        kept_floats(Purpose::kTile, words + Numbers::kFew * padded + Numbers::kRows * kTile + 2 * states));
+        kept_floats(Purpose::kTile, words + Numbers::kFew * padded + unit_rows * kTile + 2 * states));
     keys = queries + unit_rows * row_words;
     values = keys + kTile * row_words;
     weights = values + kWords * padded;
-    few = reinterpret_cast<float *>(weights + Numbers::kRows * kWords);
+    few = reinterpret_cast<float *>(weights + unit_rows * kWords);
     scores = few + Numbers::kFew * padded;
-    part = scores + Numbers::kRows * kTile;
+    part = scores + unit_rows * kTile;
     total = part + states;
     turn_to(0);
   }
