@@ -128,6 +128,19 @@ def test_linear_finishes_as_its_twin(library: Library, dtype: torch.dtype, gated
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 30, 75])
+def test_wide_rows_are_finished_in_groups_of_panels(library: Library, dtype: torch.dtype, gated: bool, num_rows: int) -> None:
+    """22 panels, the last one in part, which on the CPU are up to three groups a thread; inputs in one part and in several."""
+    values, x = weights((700, 1100), dtype, "dense", 0, 1), rand(num_rows, 1100, dtype=dtype)
+    terms = {"bias": rand(700, dtype=dtype, seed=2), "residual": rand(num_rows, 350 if gated else 700, dtype=dtype, seed=4)}
+
+    out = ops.linear(x, packed((700, 1100), values, dtype, gated), **terms, activation="silu")
+
+    assert_close(out, linear_torch(x, on_torch((700, 1100), values, dtype, gated), **terms, activation="silu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("format", "num_groups"), FORMATS)
 def test_linear_bits_do_not_depend_on_number_of_rows(library: Library, dtype: torch.dtype, format: Format, num_groups: int) -> None:
     weight = packed((80, 150), weights((80, 150), dtype, format, num_groups, 1), dtype)
