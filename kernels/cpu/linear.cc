@@ -11,6 +11,7 @@
 #include "common/memory.h"
 #include "cpu/linear_amx.h"
 #include "cpu/linear_finish.h"
+#include "cpu/linear_integers.h"
 #include "cpu/linear_tiles.h"
 
 namespace lmi::LMI_LEVEL {
@@ -156,6 +157,11 @@ void multiply_with(const lmi_linear_args &args, const PanelLayout &layout) {
 
 void multiply(const lmi_linear_args &args) {
   const PanelLayout layout = panel_layout({args.out_features, args.in_features, args.group, args.dtype, args.format, args.gated});
+#if defined(__AVX512BF16__)
+  const bool is_whole = layout.num_groups == 1 || layout.group_inputs % 2 == 0; /* else pairs of inputs cross groups */
+  if (args.format == LMI_INT8 && args.dtype == LMI_BF16 && is_whole) return multiply_with<IntegerTiles<8>>(args, layout);
+  if (args.format == LMI_INT4 && args.dtype == LMI_BF16 && is_whole) return multiply_with<IntegerTiles<4>>(args, layout);
+#endif
   if (args.format == LMI_INT8) return multiply_with<FloatTiles<IntegerColumns<8>>>(args, layout);
   if (args.format == LMI_INT4) return multiply_with<FloatTiles<IntegerColumns<4>>>(args, layout);
   if (args.dtype == LMI_F32) return multiply_with<FloatTiles<F32Columns>>(args, layout);

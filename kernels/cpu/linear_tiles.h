@@ -58,6 +58,13 @@ struct Next {
   }
 };
 
+#if defined(__AVX512BF16__)
+/* Two inputs of a panel's 32 outputs. */
+struct Pairs {
+  __m512bh low, high;
+};
+#endif
+
 template <int kRows>
 struct Sums {
   Vector low[kRows], high[kRows];
@@ -68,6 +75,16 @@ struct Sums {
     for (int row = 0; row < kRows; ++row) {
       low[row] = is_first ? Vector{} : load(y.low + row * y.stride);
       high[row] = is_first ? Vector{} : load(y.high + row * y.stride);
+    }
+  }
+
+  /* Times an output's scale, and what is in y added to it where something is. */
+  void scale(const float *scales, const SumsPlace &y, bool is_more) {
+    const Vector by_low = load(scales), by_high = load(scales + kHalf);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      low[row] = low[row] * by_low + (is_more ? load(y.low + row * y.stride) : Vector{});
+      high[row] = high[row] * by_high + (is_more ? load(y.high + row * y.stride) : Vector{});
     }
   }
 
@@ -88,15 +105,14 @@ struct Sums {
   }
 
 #if defined(__AVX512BF16__)
-  /* pair_of(row): two inputs of x. Their products are added one after the other, rounded like a multiply-add. */
+  /* Two inputs, of x pair_of(row). Their products are added one after the other, rounded like a multiply-add. */
   template <class Function>
-  void add_dots(const uint32_t *column, Function pair_of) {
-    const __m512bh w_low = (__m512bh)load(column), w_high = (__m512bh)load(column + kHalf);
+  [[gnu::always_inline]] void add_dots(const Pairs &weights, Function pair_of) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_of(row)));
-      low[row] = (Vector)_mm512_dpbf16_ps((__m512)low[row], pair, w_low);
-      high[row] = (Vector)_mm512_dpbf16_ps((__m512)high[row], pair, w_high);
+      low[row] = (Vector)_mm512_dpbf16_ps((__m512)low[row], pair, weights.low);
+      high[row] = (Vector)_mm512_dpbf16_ps((__m512)high[row], pair, weights.high);
     }
   }
 #endif
@@ -183,53 +199,72 @@ struct FloatTiles {
 };
 
 #if defined(__AVX512BF16__)
-/* bf16 by dot products of two inputs; x stays where it is. */
+/* Rows of x where they lie, two inputs at a time, by a pointer to each third: more would not have a register each. */
+template <int kRows>
+class RowPairs {
+ public:
+  explicit RowPairs(const TileInput &x) : stride_(x.stride) {
+    for (int i = 0; i < (kRows + 2) / 3; ++i) thirds_[i] = x.data + 3 * i * stride_;
+  }
+
+  uint32_t at(int row, int64_t input) const { return number<uint32_t>(row, input); }
+  /* An input without a second one. */
+  uint32_t last(int row, int64_t input) const { return number<uint16_t>(row, input); }
+
+ private:
+  template <class Number>
+  Number number(int row, int64_t input) const {
+    Number number;
+    std::memcpy(&number, thirds_[row / 3] + row % 3 * stride_ + 2 * input, sizeof number);
+    return number;
+  }
+
+  const char *thirds_[(kRows + 2) / 3];
+  const int64_t stride_;
+};
+
+/* sums += so many inputs of x times columns, which hold kInputs each and give pairs of them. */
+template <class Columns, int kRows>
+[[gnu::always_inline]] inline void add_dots(const Columns &columns, int64_t num_inputs, const TileInput &x, Sums<kRows> &sums, Next &next) {
+  const RowPairs<kRows> pairs(x);
+  int64_t e = 0;
+  const auto add_pair = [&](int64_t input) __attribute__((always_inline)) {
+    sums.add_dots(columns.pair(input), [&](int row) { return pairs.at(row, input); });
+  };
+  for (; e + Columns::kInputs <= num_inputs; e += Columns::kInputs) {
+    next.ask();
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < Columns::kInputs; i += 2) add_pair(e + i);
+  }
+  for (; e + 2 <= num_inputs; e += 2) add_pair(e);
+  if (e < num_inputs) sums.add_dots(columns.pair(e), [&](int row) { return pairs.last(row, e); });
+}
+
+struct DensePairs {
+  static constexpr int kInputs = 2;
+  const char *columns;
+
+  Pairs pair(int64_t input) const {
+    const char *at = columns + 64 * input;
+    return {(__m512bh)_mm512_loadu_si512(at), (__m512bh)_mm512_loadu_si512(at + 64)};
+  }
+};
+
+/* Dense weights by dot products of two inputs. */
 struct DotTiles {
   static constexpr bool kInPlace = true;
   static constexpr int64_t kMaxRows = kMaxTileRows, kBlockRows = 1024, kPartInputs = 4096;
   static int64_t width(int64_t num_rows) { return num_rows; }
 
-  static void multiply(int64_t width, const char *panel, const PanelLayout &layout, Inputs inputs, const TileInput &x,
-                       const SumsPlace &y, Next next) {
+  static void multiply(int64_t width, const char *panel, const PanelLayout &, Inputs inputs, const TileInput &x, const SumsPlace &y,
+                       Next next) {
     with_width(width, [&](auto rows) {
       Sums<rows> sums;
       sums.start(y, inputs.first == 0);
-      RowPairs<rows> pairs(x);
-      const char *column = panel + inputs.first / 2 * layout.column_bytes;
-      for (int64_t e = 0; e + 2 <= inputs.num; e += 2, column += 128) {
-        next.ask();
-        sums.add_dots(reinterpret_cast<const uint32_t *>(column), [&](int row) { return pairs.at(row, e); });
-      }
-      if (inputs.num % 2) {
-        sums.add_dots(reinterpret_cast<const uint32_t *>(column), [&](int row) { return pairs.last(row, inputs.num - 1); });
-      }
+      add_dots(DensePairs{panel + 64 * inputs.first}, inputs.num, x, sums, next);
       sums.write(y);
     });
   }
-
- private:
-  /* Rows of x, by a pointer to each third: more would not have a register each. */
-  template <int kRows>
-  struct RowPairs {
-    const char *third[(kRows + 2) / 3];
-    int64_t stride;
-
-    explicit RowPairs(const TileInput &x) : stride(x.stride) {
-      for (int i = 0; i < (kRows + 2) / 3; ++i) third[i] = x.data + 3 * i * stride;
-    }
-    const char *of(int row, int64_t input) const { return third[row / 3] + row % 3 * stride + 2 * input; }
-    uint32_t at(int row, int64_t input) const {
-      uint32_t pair;
-      std::memcpy(&pair, of(row, input), 4);
-      return pair;
-    }
-    /* An input without a second one. */
-    uint32_t last(int row, int64_t input) const {
-      uint16_t number;
-      std::memcpy(&number, of(row, input), 2);
-      return number;
-    }
-  };
 };
 #endif
 

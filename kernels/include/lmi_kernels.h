@@ -135,8 +135,8 @@ LMI_API int64_t lmi_linear_packed_bytes(int64_t out_features, int64_t in_feature
 
 /* Writes rows [row_offset, row_offset + rows) of a weight [F,E] into its packed place; pieces of a fused weight are packed one by one.
  * LMI_DENSE:  w: [rows,E].
- * LMI_INT8, LMI_INT4: w: U8 [rows,E], one value a byte (0..255, 0..15); scales: [rows,E/group] in dtype; zeros: U8, same shape:
- *             the weight is (w - zero) * scale, dequantised in float.
+ * LMI_INT8, LMI_INT4: w: U8 [rows,E], one value a byte (0..255, 0..15); scales: [rows,E/group] in dtype; zeros: U8, same shape,
+ *             of LMI_INT4 at most 16: the weight is (w - zero) * scale, in float; the scale may come after the group's sum.
  * Every row must be written before the weight is used; the bytes need no other initialisation. */
 typedef struct {
   lmi_tensor packed, w, scales, zeros;

@@ -21,6 +21,7 @@ from lmi_dist.ops.shapes import FLOATS, Shapes
 
 Format = Literal["dense", "int8", "int4"]
 FORMATS: dict[str, int] = {"dense": 0, "int8": 1, "int4": 2}  # lmi_weight_format
+MOST_ZERO = 16  # of int4: GPTQ counts zeros from 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,10 @@ class PackedWeight:
         """Fill rows row_offset .. row_offset + rows - 1, once for each tensor of the checkpoint.
 
         dense: w [rows,E] in the weight's dtype. int8, int4: w uint8 [rows,E], one value a byte; scales [rows,E/group] in the dtype;
-        zeros uint8 of the same shape: the weight is (w - zero) * scale. Raises KernelError on shapes and dtypes."""
+        zeros uint8 of the same shape, in int4 at most 16: the weight is (w - zero) * scale. Raises KernelError on shapes, dtypes
+        and zeros."""
+        if zeros is not None and self.shape.format == "int4" and (zeros > MOST_ZERO).any():
+            raise KernelError(f"linear_pack: zeros has {int(zeros.max())}; of int4 it must be 0 to {MOST_ZERO}")
         if self.library is None:
             self._put_torch(w, row_offset, scales, zeros)
         else:

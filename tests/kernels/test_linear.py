@@ -30,7 +30,7 @@ def weights(shape: tuple[int, int], dtype: torch.dtype, format: Format, num_grou
     draw = {"generator": generator, "dtype": torch.uint8}
     return {
         "w": torch.randint(0, top, shape, **draw),
-        "zeros": torch.randint(0, top, (num_outputs, num_groups), **draw),
+        "zeros": torch.randint(0, top + (top == 16), (num_outputs, num_groups), **draw),
         "scales": (rand(num_outputs, num_groups, seed=seed).abs() * 3 / top / num_inputs**0.5).to(dtype),
     }
 
@@ -411,6 +411,15 @@ def test_linear_names_what_is_wrong(column: str, index: int) -> None:
 
     with pytest.raises(KernelError, match="^" + sentence):
         call()
+
+
+def test_zeros_of_int4_are_at_most_16(column: str) -> None:
+    weight = ops.pack_linear(8, 16, torch.float32, format="int4", group=16)
+    values = {"w": torch.zeros(8, 16, dtype=torch.uint8), "scales": torch.ones(8, 1)}
+    weight.put(**values, zeros=torch.full((8, 1), 16, dtype=torch.uint8))
+
+    with pytest.raises(KernelError, match=r"^linear_pack: zeros has 17; of int4 it must be 0 to 16"):
+        weight.put(**values, zeros=torch.full((8, 1), 17, dtype=torch.uint8))
 
 
 def test_experts_must_lie_together(library: Library) -> None:
