@@ -1,4 +1,4 @@
-"""Ours, vLLM's CPU build and OpenVINO GenAI on the same work in turn, and one markdown table with the floors of the same run.
+"""Ours, vLLM's CPU build and OpenVINO GenAI on the same work in turn, and one markdown table with the floors of the same minutes.
 
     .venv/bin/python tests/benchmarks/against_peers.py --peers PEERS --bench ../shared/bench --out against.jsonl
     .venv/bin/python tests/benchmarks/against_peers.py --peers PEERS --bench ../shared/bench --only 160m:throughput,1.1b:start
@@ -7,8 +7,8 @@
 PEERS is the folder that the bench folder's README has made: venv-vllm, venv-ov, models, models-ov, the programs limits and noise.
 Each engine is a process (one_engine.py) with the same CPUs and threads; all are there, and asleep, while one of them works. Every
 repetition goes ours, vllm, openvino, each after a wait for a quiet machine, so that all meet the same noise: what others leave of a
-shared machine's bandwidth changes by the minute. --prepare lets each engine start once before anything counts: vLLM compiles a
-model at its first start.
+shared machine's bandwidth changes by the minute; hence a workload's limits are measured before and after it, and the better ones
+make its floor. --prepare lets each engine start once before anything counts: vLLM compiles a model at its first start.
 
 Besides the workloads of `lmi-dist bench`: `start`, from the start of the process to the first token of a request of 16; and `gap`,
 the 99th percentile of the time between the tokens of 8 streams from the arrival of a prompt of 2000 tokens to the first token of
@@ -94,20 +94,20 @@ class Run:
                 self._start(engine, name, plan).end()
 
     def measure(self) -> None:
-        self._limits()
         for name, plan in self._plans.items():
             started = {engine: self._start(engine, name, plan) for engine in self._engines}
             living = {engine: one for engine, one in started.items() if one.is_alive}
             for work, num in plan.repetitions.items():
+                self._limits(name, work)
                 for repetition in range(num):
                     for engine, one in living.items():
                         before = self._noise(PATIENCE_S)
                         row = one.ask(f"{work} {repetition}")
                         self._keep(row | {"engine": engine, "model": name, "noise": before})
                         _say(f"{name} {work} {engine}: {row.get('tok_s', row.get('steps'))}")
+                self._limits(name, work)
             for one in living.values():
                 one.end()
-        self._limits()
 
     def _start(self, engine: str, name: str, plan: Plan) -> "Started":
         """An engine that has answered its first request. Of one that fails the last words are told of, and the others go on."""
@@ -144,12 +144,14 @@ class Run:
             environment["LD_PRELOAD"] = ":".join(map(str, libraries))
         return folder / "bin/python", environment
 
-    def _limits(self) -> None:
-        """Bandwidth by working set and arithmetic of all CPUs, as the bench folder's program measures them."""
+    def _limits(self, name: str, work: str) -> None:
+        """Bandwidth by working set and arithmetic of all CPUs, as the bench folder's program measures them, for what has a floor."""
+        if work not in WORKLOADS:
+            return
         environment = dict(os.environ) | {"OMP_NUM_THREADS": str(len(self._options.cpus.split(","))), "OMP_PROC_BIND": "true"}
         said = subprocess.run([self._peers / "limits"], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         for line in said.splitlines():
-            self._keep({"limit": json.loads(line)})
+            self._keep({"limit": json.loads(line), "model": name, "workload": work})
 
     def _noise(self, patience_s: float) -> float:
         """The share of CPU time that others take; waits for a quiet moment, but not for ever."""
@@ -231,20 +233,15 @@ def _chosen(only: str) -> dict[str, Plan]:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line a model and workload: floor, every engine, ours over the floor and over the best peer."""
     measured = [row for row in rows if "limit" not in row]
-    limits = {name: _limits_of(rows, plan) for name, plan in PLANS.items()}
-    head = [
-        f"limits: {name} {one.bytes_per_s / 1e9:.1f} GB/s, {one.flops_per_s / 1e12:.3f} TFLOP/s"
-        for name, one in limits.items()
-        if one
-    ]
     engines = [engine for engine in ENGINES if any(row["engine"] == engine for row in measured)]
-    columns = ["model", "workload", "floor", *(NAMES[engine] for engine in engines), "of floor", "of best peer"]
-    lines = [*head, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    columns = ["model", "workload", "floor (GB/s, TFLOP/s)", *(NAMES[engine] for engine in engines), "of floor", "of best peer"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, plan in PLANS.items():
         for work in (*WORKLOADS, *EXTRA):
             own = [row for row in measured if (row["model"], row["workload"]) == (name, work)]
             if own:
-                lines.append(_line(name, plan, work, own, engines, limits[name]))
+                limits = [row["limit"] for row in rows if "limit" in row and (row["model"], row["workload"]) == (name, work)]
+                lines.append(_line(name, plan, work, own, engines, _limits_of(limits, plan)))
     return lines
 
 
@@ -264,7 +261,11 @@ def _line(name: str, plan: Plan, work: str, rows: Sequence[dict[str, Any]], engi
     peers = [median for engine, median in medians.items() if engine != "ours"]
     best = (min(peers) if work in EXTRA else max(peers)) if peers else None
     ours = medians.get("ours")
-    cells = [name, label, f"{least:.1f}" if least else ""]
+    cells = [
+        name,
+        label,
+        f"{least:.1f} ({limits.bytes_per_s / 1e9:.0f}, {limits.flops_per_s / 1e12:.2f})" if limits and least else "",
+    ]
     cells += [_spread(values[engine]) + _details(work, [row for row in rows if row["engine"] == engine]) for engine in engines]
     cells += [f"{ours / least:.2f}" if ours and least else "", f"{ours / best:.2f}" if ours and best else ""]
     return f"| {' | '.join(cells)} |"
@@ -308,10 +309,9 @@ def _shape(plan: Plan, rows: Iterable[dict[str, Any]]) -> Shape:
     return Shape.read(Path(next(iter(rows))["peers"]) / "models" / plan.folder)
 
 
-def _limits_of(rows: Sequence[dict[str, Any]], plan: Plan) -> Limits | None:
+def _limits_of(found: Sequence[dict[str, Any]], plan: Plan) -> Limits | None:
     """The better of what was measured before and after: bandwidth of a working set like the model's, arithmetic of tiles or else of
     AVX-512's dot products."""
-    found = [row["limit"] for row in rows if "limit" in row]
     threads = max((one["threads"] for one in found), default=0)
     read = [one["median"] for one in found if one["threads"] == threads and "huge" in one["what"] and one["mb"] == plan.read_mb]
     products = [one["median"] for one in found if one["threads"] == threads and "bf16" in one["what"]]
