@@ -145,7 +145,7 @@ class Run:
         return folder / "bin/python", environment
 
     def _limits(self, name: str, work: str) -> None:
-        """Bandwidth by working set and arithmetic of all CPUs, as the bench folder's program measures them, for what has a floor."""
+        """Bandwidth by working set and arithmetic of all CPUs by the bench folder's program, for what has a floor."""
         if work not in WORKLOADS:
             return
         environment = dict(os.environ) | {"OMP_NUM_THREADS": str(len(self._options.cpus.split(","))), "OMP_PROC_BIND": "true"}
