@@ -34,6 +34,7 @@ class PagesAhead:
         self._num_blocks = len(parts[0]) if parts else 0
         self._idle_blocks = IDLE_BYTES // (sum(part.nbytes for part in parts) // self._num_blocks) if parts else 0
         self._num_written = self._num_asked = 0
+        self._piece: list[torch.Tensor] = []  # what is left of the blocks that are being asked for
         self._stepped_at = time.monotonic()
         self._needed = threading.Event()
         weakref.finalize(self, self._needed.set)
@@ -52,17 +53,21 @@ class PagesAhead:
         return self._num_asked == self._num_blocks
 
     def ask(self) -> float | None:
-        """Ask for a piece, if there is one to ask for. Returns for how long to rest; None: until a step needs more."""
+        """Ask for one tensor's part of a piece, if there is one to ask for: a step beside it waits for one page, not for one of each.
+        Returns for how long to rest; None: until a step needs more."""
         is_idle = time.monotonic() - self._stepped_at >= IDLE_S
         idle_end = self._num_written + max(LEAD_BLOCKS, self._idle_blocks)
-        end = min(self._num_blocks, idle_end if is_idle else self._num_written + LEAD_BLOCKS, self._num_asked + PIECE_BLOCKS)
-        if end <= self._num_asked:
-            return IDLE_S if idle_end > self._num_asked else None
+        if not self._piece:
+            end = min(self._num_blocks, idle_end if is_idle else self._num_written + LEAD_BLOCKS, self._num_asked + PIECE_BLOCKS)
+            if end <= self._num_asked:
+                return IDLE_S if idle_end > self._num_asked else None
+            self._piece = [part[self._num_asked : end] for part in self._parts]
         started = time.perf_counter()
-        for part in self._parts:
-            _populate(part[self._num_asked : end])
-        self._num_asked = end
-        return REST * (time.perf_counter() - started)
+        memory = self._piece.pop()
+        _populate(memory)
+        if not self._piece:
+            self._num_asked += len(memory)
+        return 0.0 if is_idle else REST * (time.perf_counter() - started)
 
 
 def _ask(pages: "weakref.ref[PagesAhead]", needed: threading.Event) -> None:

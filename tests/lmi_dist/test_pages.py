@@ -1,5 +1,6 @@
 """Pages of the pool are there before they are written, and no more of them than soon will be; those of results stay."""
 
+import itertools
 import mmap
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_pages_are_there_ahead_of_the_blocks_that_are_written(parts: list[torch.
     pages.reach(300)
 
     assert come(parts, 301 + LEAD_BLOCKS)
+
+
+def test_steps_have_the_cpus_between_one_tensor_and_the_next(parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    began = []
+
+    def populate(memory: torch.Tensor) -> None:
+        began.append(time.perf_counter())
+        time.sleep(0.01)
+
+    monkeypatch.setattr("lmi_dist.pages.IDLE_S", 3600.0)
+    monkeypatch.setattr("lmi_dist.pages._populate", populate)
+    pages = PagesAhead(parts)
+    while len(began) < 5:
+        time.sleep(0.01)
+    assert not pages.is_done
+
+    assert min(after - before for before, after in itertools.pairwise(began)) >= 0.05  # 10 ms of work, four times as long of rest
 
 
 def test_more_pages_come_while_no_step_runs(parts: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
