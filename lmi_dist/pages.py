@@ -53,7 +53,7 @@ class PagesAhead:
         return self._num_asked == self._num_blocks
 
     def ask(self) -> float | None:
-        """Ask for one tensor's part of a piece, if there is one to ask for: a step beside it waits for one page, not for one of each.
+        """Ask for one tensor's part of a piece, if any: a step beside it waits for one page, not for one of each.
         Returns for how long to rest; None: until a step needs more."""
         is_idle = time.monotonic() - self._stepped_at >= IDLE_S
         idle_end = self._num_written + max(LEAD_BLOCKS, self._idle_blocks)
