@@ -13,7 +13,7 @@ namespace {
 
 struct AmxNumbers : HalvesRead<AmxNumbers> {
   static constexpr bool kWholeTiles = true;
-  static constexpr int64_t kGroup = 16, kRows = kUnitRows, kFew = kTile / 2; /* few: the values that one row sees */
+  static constexpr int64_t kGroup = 16, kFew = kTile / 2; /* few: the values that one row sees */
   using Tools = ThreadTiles<true>;
 
   static void weigh(float *scores, int64_t num_rows, float scale, const Range *seen, float *max, float *sums, uint32_t *weights) {

@@ -15,7 +15,7 @@ inline __mmask32 first_of_32(int64_t num) { return num >= 32 ? ~0u : num <= 0 ? 
 
 struct Halves16 {
   static void copy(const char *from, int64_t num, uint32_t *to) {
-    _mm512_storeu_si512(to, num >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(first_of_32(num), from));
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first_of_32(num), from));
   }
 };
 

@@ -62,18 +62,15 @@ struct IntegerTiles : DotTiles {
                        Next next) {
     with_width(width, [&](auto rows) {
       for (int64_t e = inputs.first, end = inputs.first + inputs.num; e < end;) {
-        const int64_t group = e / layout.group_inputs, skipped = e % layout.group_inputs;
-        const int64_t num = std::min(layout.group_inputs - skipped, end - e);
-        const char *of_group = panel + group * layout.group_bytes;
-        const char *columns = of_group + layout.scale_bytes + skipped / layout.column_inputs * layout.column_bytes;
-        const float *scales = reinterpret_cast<const float *>(of_group);
+        const GroupPart part(panel, layout, e, end);
+        const float *scales = reinterpret_cast<const float *>(part.start);
         Sums<rows> sums;
-        sums.start(y, group > 0 || skipped == 0); /* a single group may come in parts */
-        add_dots(IntegerPairs<kBits>(columns, scales + kPanel), num, x, sums, next);
-        if (skipped + num == layout.group_inputs) sums.scale(scales, y, group > 0);
+        sums.start(y, part.group > 0 || part.first == 0); /* a single group may come in parts */
+        add_dots(IntegerPairs<kBits>(part.columns, scales + kPanel), part.num, x, sums, next);
+        if (part.first + part.num == layout.group_inputs) sums.scale(scales, y, part.group > 0);
         sums.write(y);
-        x.data += 2 * num;
-        e += num;
+        x.data += 2 * part.num;
+        e += part.num;
       }
     });
   }

@@ -28,6 +28,19 @@ struct Inputs {
   int64_t first, num;
 };
 
+/* Of a panel, the part of one group from input e on, up to input `end` at most. */
+struct GroupPart {
+  int64_t group, first, num; /* first: counted from the group's first input */
+  const char *start, *columns;
+
+  GroupPart(const char *panel, const PanelLayout &layout, int64_t e, int64_t end)
+      : group(e / layout.group_inputs),
+        first(e % layout.group_inputs),
+        num(std::min(layout.group_inputs - first, end - e)),
+        start(panel + group * layout.group_bytes),
+        columns(start + layout.scale_bytes + first / layout.column_inputs * layout.column_bytes) {}
+};
+
 /* A tile's x, from the first of some inputs on: as `read` wrote it, or as it was given, `stride` bytes from row to row. */
 struct TileInput {
   const char *data;
@@ -174,12 +187,10 @@ struct FloatTiles {
     Sums<kRows> sums;
     sums.start(y, inputs.first == 0);
     for (int64_t e = inputs.first, end = inputs.first + inputs.num; e < end;) {
-      const char *group = panel + e / layout.group_inputs * layout.group_bytes;
-      const int64_t skipped = e % layout.group_inputs, num = std::min(layout.group_inputs - skipped, end - e);
-      const char *column = group + layout.scale_bytes + skipped / Columns::kInputs * (4 * Columns::kWords);
-      add_group(Columns(reinterpret_cast<const float *>(group), lane), column + 4 * lane, num, x, sums, next);
-      x += num * kRows;
-      e += num;
+      const GroupPart part(panel, layout, e, end);
+      add_group(Columns(reinterpret_cast<const float *>(part.start), lane), part.columns + 4 * lane, part.num, x, sums, next);
+      x += part.num * kRows;
+      e += part.num;
     }
     sums.write(y);
   }
