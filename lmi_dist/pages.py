@@ -67,7 +67,7 @@ class PagesAhead:
         _populate(memory)
         if not self._piece:
             self._num_asked += len(memory)
-        return 0.0 if is_idle else REST * (time.perf_counter() - started)
+        return REST * (time.perf_counter() - started)
 
 
 def _ask(pages: "weakref.ref[PagesAhead]", needed: threading.Event) -> None:
